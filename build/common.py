@@ -17,6 +17,7 @@ LOCKS = {
     "clients": BUILD / "requirements-clients.txt",
 }
 LLAMA_LOCK = BUILD / "llama-cpp-python.txt"
+LLAMA_PATCH = BUILD / "llama.patch"
 MODEL_LOCK = BUILD / "model.txt"
 
 # A portable build: all CPU variants, the best of which is picked at run time. Without the two
@@ -29,7 +30,6 @@ CMAKE_ARGS = " ".join(
         "-DGGML_CPU_ALL_VARIANTS=ON",
         "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib",
         "-DCMAKE_INSTALL_LIBDIR=llama_cpp/lib",
-        "-DLLAVA_BUILD=OFF",
         "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
     ]
 )
@@ -62,9 +62,15 @@ def digest(*parts: str | bytes) -> str:
     return hashlib.sha256(joined).hexdigest()[:12]
 
 
-def llama_key(cmake_args: str = CMAKE_ARGS) -> str:
-    """Names a build of llama.cpp: the same flags, contents, source and kind of machine."""
-    parts = (cmake_args, LEFT_OUT, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
+def llama_key() -> str:
+    """Names a build of llama.cpp: the same source and flags, and the same patch."""
+    return digest(source_key(), LLAMA_PATCH.read_bytes())
+
+
+def source_key() -> str:
+    """Names what any part of llama.cpp is built from: the same flags, contents, source and kind of
+    machine."""
+    parts = (CMAKE_ARGS, LEFT_OUT, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
     return digest(*parts)
 
 

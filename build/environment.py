@@ -26,6 +26,7 @@ from common import (
     expected_stamps,
     model_key,
     outdated,
+    say,
     write_stamp,
 )
 from progress import step
@@ -38,7 +39,7 @@ LAUNCHER = """\
 # Python reads the line above as a string; the shell runs it, and allows any path for Python.
 import sys
 
-from pinaivu_box.cli.main import main
+from pinaivu_box.__main__ import main
 
 sys.exit(main())
 """
@@ -61,6 +62,7 @@ def set_up(kind: str) -> None:
             wheel = llama.wheel(cache())
             with step("installing llama.cpp"):
                 pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
+            remove_backends()
             write_stamp("llama", *expected["llama"])
         if "packages" in steps:
             install_packages(kind)
@@ -71,6 +73,14 @@ def set_up(kind: str) -> None:
         if "package" in steps:
             link_package()
             write_stamp("package", *expected["package"])
+
+
+def remove_backends() -> None:
+    """Those for GPUs fit one build of llama.cpp only."""
+    folder = VENV / "share/pinaivu/backends"
+    if folder.exists():
+        shutil.rmtree(folder)
+        say("the backend for GPUs was for another llama.cpp: build/run --cuda makes one for this")
 
 
 def make_venv() -> None:

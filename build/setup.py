@@ -19,6 +19,11 @@ def main() -> None:
         environment.set_up(kind)
         say("done; the first start takes a few seconds")
     if command == "run":
+        if arguments and arguments[0] in ("--cuda", "--vulkan"):
+            import gpu
+
+            choice, arguments = gpu.read_options(arguments)
+            gpu.install(choice)
         os.execv(VENV / "bin/pinaivu", ["pinaivu", *(arguments or ["serve"])])  # noqa: S606
     import tasks
 

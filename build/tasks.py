@@ -1,25 +1,16 @@
 """What build/test and build/binary do once .venv is set up."""
 
-import mmap
 import shutil
-import struct
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import gpu
 import llama
-from common import BUILD, CMAKE_ARGS, MODEL, ROOT, VENV, Stop, say
+from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
 from progress import step
-
-# PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
-# here, then the place of the table of contents in it and Python's version and library.
-COOKIE = struct.Struct("!8sI76s")
-COOKIE_MAGIC = b"MEI\014\013\012\013\016"
-# Turing to Hopper and Ada; code for newer ones is made from the last when the driver loads it.
-CUDA_ARCHITECTURES = "75-real;80-real;86-real;89-real;90"
-MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many bytes of its own
 
 # Tests of a file share processes, and wait for them most of the time: six workers keep two cores
 # busy.  The order of files is that of tests/conftest.py.
@@ -53,62 +44,71 @@ def test(arguments: list[str]) -> None:
 
 
 def binary(arguments: list[str]) -> None:
-    if arguments:
-        raise Stop("build/binary takes no arguments: run it without")
-    need_space(ROOT, 600)
+    """The executable in dist/; with --cuda or --vulkan one that carries this backend as a payload,
+    and with --cublas also a payload with cuBLAS, to be put beside it."""
+    choice, rest = gpu.read_options(arguments)
+    gpu.refuse(rest, "binary")
+    need_space(ROOT, 3000 if choice.with_cublas else 1000)
+    made = gpu.make(choice) if choice.kind else None
+    name = f"pinaivu-{choice.kind}" if choice.kind else "pinaivu"
     with locked(BUILD):
-        make_executable(VENV / "pyinstaller", ROOT / "dist/pinaivu")
+        work = VENV / "pyinstaller"
+        payloads = [make_payloads(work, choice, made)] if made else []
+        make_executable(work, ROOT / "dist" / name, payloads)
 
 
-def make_executable(work: Path, target: Path) -> None:
+def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
+    """The payload with the backend.  One with cuBLAS goes into dist/ if it is wanted."""
+    work.mkdir(exist_ok=True)
+    script = [str(PYTHON), str(BUILD / "payloads.py"), "make"]
+    beside = ROOT / "dist/pinaivu-cublas.payload"
+    companions = [str(beside)] if choice.with_cublas else []
+    if choice.with_cublas:
+        beside.parent.mkdir(exist_ok=True)
+        with step("packing cuBLAS (1-3 minutes)"):
+            cublas = gpu.cublas_folder(work, made)
+            run_quietly([*script, str(beside), "cublas", str(cublas)], "packing cuBLAS")
+        say(f"made dist/{beside.name}: {beside.stat().st_size / 1e6:.0f} MB")
+    target = work / f"{choice.kind}.payload"
+    with step(f"packing the {choice.kind} backend (10-30 seconds)"):
+        files = [str(target), choice.kind, str(made.folder), *companions]
+        run_quietly([*script, *files], "packing the backend")
+    return target
+
+
+def make_executable(work: Path, target: Path, payloads: list[Path]) -> None:
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
     with step("freezing pinaivu (about a minute)"):
         run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
 
     made = work / "dist/pinaivu"
-    append = [str(PYTHON), "-m", "pinaivu_box.models.bundled", str(made), str(MODEL)]
+    parts = [str(made), str(MODEL), *map(str, payloads)]
     with step("appending the default model"):
-        run_quietly(append, "appending the model")
-        repeat_cookie(made)
+        assemble = [str(PYTHON), str(BUILD / "payloads.py"), "assemble", *parts]
+        run_quietly(assemble, "appending the model")
         seconds = start_up_time(made)
     target.parent.mkdir(exist_ok=True)
     shutil.move(made, target)
     size = target.stat().st_size / 1e6
-    say(f"made dist/pinaivu: {size:.0f} MB, `--version` in {seconds:.1f} s")
+    say(f"made dist/{target.name}: {size:.0f} MB, `--version` in {seconds:.1f} s")
 
 
 def wheel(arguments: list[str]) -> None:
-    """llama-cpp-python's wheel in dist/; with --cuda also its CUDA backend, as its own library."""
-    if arguments[:1] not in ([], ["--cuda"]) or len(arguments) > 2:
-        raise Stop("it is build/wheel, or build/wheel --cuda [ARCHITECTURES], such as 80;86;90")
-    cmake_args = CMAKE_ARGS
-    if arguments:
-        if not shutil.which("nvcc"):
-            raise Stop("--cuda needs NVIDIA's CUDA toolkit with nvcc on the PATH: install it first")
-        architectures = arguments[1] if len(arguments) == 2 else CUDA_ARCHITECTURES
-        cmake_args += f" -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}"
-    made = llama.wheel(cache(), cmake_args)
+    """llama-cpp-python's wheel in dist/; with --cuda or --vulkan also this backend, as its own
+    library."""
+    choice, rest = gpu.read_options(arguments)
+    gpu.refuse(rest, "wheel")
+    made = llama.wheel(cache())
     target = ROOT / "dist" / made.name
     target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(made, target)
+    if choice.kind:
+        backend = gpu.make(choice).folder
+        with step(f"adding the {choice.kind} backend"):
+            llama.with_backend(made, backend, target)
+    else:
+        shutil.copyfile(made, target)
     say(f"made dist/{made.name}: install it with pip, with --force-reinstall over another build")
-
-
-def repeat_cookie(executable: Path) -> None:
-    """Puts PyInstaller's cookie behind the model as well.
-
-    Its loader looks for it from the end of the file on: each start would read through the model,
-    which takes 0.4 s.
-    """
-    with executable.open("r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            first = content.rfind(COOKIE_MAGIC)
-            magic, length, rest = COOKIE.unpack_from(content, first)
-            second = len(content) - MODEL_FOOTER
-            footer = content[second:]
-        file.seek(second)
-        file.write(COOKIE.pack(magic, length + second - first, rest) + footer)
 
 
 def start_up_time(executable: Path) -> float:

@@ -47,6 +47,21 @@ def prices(price: str | Prices) -> Prices:
     return both
 
 
+def per_parameters(per_billion: str | Prices, parameters: int) -> Prices:
+    """Prices for a model with so many parameters, rounded to what a price can hold.
+
+    Raises ValueError.
+    """
+
+    def scaled(price: str) -> str:
+        each = Decimal(per_token(price)) * parameters / 10**9
+        return to_text(min(round(each), MAX_AMOUNT * 10**6) * 1000)
+
+    base = prices(per_billion)
+    cached = None if base.cached is None else scaled(base.cached)
+    return Prices(scaled(base.prompt), scaled(base.completion), cached)
+
+
 def per_token(per_1k_tokens: str) -> int:
     """The price of a token in 10^-9 of the currency, from that of 1,000 (at most 6 decimals)."""
     return _scaled(per_1k_tokens, _PRICE_DECIMALS)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from msgspec import Struct
 
 from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
+from pinaivu_box.devices import DeviceMonitor
 from pinaivu_box.errors import CliError
 from pinaivu_box.files.store import Digests
 from pinaivu_box.files.upload import FileServer
@@ -27,20 +30,27 @@ from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.request import RunningRequests
+from pinaivu_box.gateway.saved_prefixes import SavedPrefixFolder
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
+from pinaivu_box.incidents import IncidentMetrics, Incidents
 from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
 from pinaivu_box.ledger.session import Ledger
 from pinaivu_box.legs.admission import PeerPolicies
+from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
-from pinaivu_box.legs.wiring import PeerServices
+from pinaivu_box.legs.wiring import PeerServices, without_peers
+from pinaivu_box.login.oidc import SignOn
+from pinaivu_box.login.session_keys import SessionKeys
+from pinaivu_box.login.throttle import SignupThrottle, Throttle
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import folder_watch
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.header_reader import HeaderReader
+from pinaivu_box.models.model_scan import ModelScan
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.probe import Prober
 from pinaivu_box.network.network import Network
 from pinaivu_box.registry.pulls import Pulls
 from pinaivu_box.routing import reputation
@@ -50,12 +60,18 @@ from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
+from pinaivu_box.tls import certificate as certificates
+from pinaivu_box.upstream.metrics import UpstreamMetrics
+from pinaivu_box.upstream.upstreams import Upstreams
 
 # Read at the start only: the sockets, and what stands before the routes.
 _NEED_RESTART = (
     "server.host", "server.port", "server.cors_origins", "peering.enabled", "peering.host",
     "peering.port", "peering.relay", "peering.name", "peering.announce",
 )  # fmt: skip
+# These too where they would begin or end TLS; another certificate is used at once.
+_CERTIFICATE = ("server.tls", "server.tls_cert", "server.tls_key")
+_LOOK_AT_CERTIFICATE_SECONDS = 6 * 3600.0
 _SHARED_PREFIXES = "engine.shared_prefixes"
 # Of [engine], what applies at once; the rest is given to an engine when it starts.
 _APPLY_AT_ONCE = (
@@ -103,17 +119,32 @@ class Box:
     database: Database
     headers: HeaderReader
     digests: Digests
+    devices: DeviceMonitor
     placement: Placement
     admission: Admission
     local: LocalBackend
     requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
+    incidents: Incidents
     load: LoadTracker
     offers: Offers
     ledger: Ledger
+    upstreams: Upstreams
+    boxes: Boxes
     control_token: str
+    session_keys: SessionKeys = field(default_factory=SessionKeys)
+    login_throttle: Throttle = field(default_factory=Throttle)
+    signup_throttle: SignupThrottle = field(default_factory=SignupThrottle)
+    sign_on: SignOn = field(default_factory=SignOn)
+    logins_running: int = 0  # whose passwords are checked now
+    # Held by account while a key of its own is checked and stored.
+    own_key_locks: WeakValueDictionary[str, asyncio.Lock] = field(
+        default_factory=WeakValueDictionary
+    )
+    tls: ssl.SSLContext | None = None  # of the server's sockets; None: plain HTTP
     pulls: Pulls = field(default_factory=Pulls)
+    prober: Prober = field(default_factory=Prober)
     network: Network | None = None  # all None without [peering]
     peer_policies: PeerPolicies | None = None
     peer_services: PeerServices | None = None
@@ -138,6 +169,8 @@ class Box:
                 lambda: settings.read(self.read_config(), self.home, self.headers)
             )
             old = self.settings.current
+            if self.tls is not None and new.certificate is not None:
+                certificates.use(new.certificate, self.tls, self.home)
             self._replace_settings(new)
             return self._differences(old, new)
 
@@ -147,6 +180,8 @@ class Box:
         logs.configure(new.config.log)
         self.placement.reloaded()
         self.placement.forget_failures()
+        for upstream in self.upstreams.reloaded():
+            self.boxes.breaker.served(upstream.id)  # what it was before has failed, if at all
         if self.network is not None:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
@@ -159,18 +194,22 @@ class Box:
             name for name in changed if name.startswith("engine.") and name not in _APPLY_AT_ONCE
         ]
         since_start = configs.differences(self.first_config, new.config)
+        need_restart: tuple[str, ...] = _NEED_RESTART
+        if new.config.server.uses_tls != self.first_config.server.uses_tls:
+            need_restart += _CERTIFICATE
         return Reloaded(
-            applied=[name for name in changed if name not in (*_NEED_RESTART, *engines)],
+            applied=[name for name in changed if name not in (*need_restart, *engines)],
             engines=engines,
-            restart=[name for name in since_start if name in _NEED_RESTART],
+            restart=[name for name in since_start if name in need_restart],
             models=[model.id for model in new.catalog.models],
             not_served=not_served_in(new.catalog),
         )
 
-    async def look_for_models(self) -> None:
-        """Serve what is in the models folder now; nothing else changes."""
+    async def look_for_models(self, *, removed: Collection[str] = ()) -> None:
+        """Serve what is in the models folder now, by its names and aliases; nothing else changes.
+        Models that were `removed` take no requests any more, even if they are loaded."""
         async with self._reading:
-            await self._read_folder(None)
+            await self._read_folder(None, removed)
 
     async def watch_models(self) -> None:
         """Until cancelled: serve files that come into the models folder once they are written, and
@@ -181,7 +220,8 @@ class Box:
             try:
                 async with self._reading:
                     folder = catalogs.directory(self.config, self.home)
-                    files = await asyncio.to_thread(watch.look, folder)
+                    others = self.config.model_caches
+                    files = await asyncio.to_thread(watch.look, folder, others)
                     if files is not None:
                         await self._read_folder(files)
                     elif gone := self._lingering - self.placement.loaded:
@@ -190,19 +230,36 @@ class Box:
             except Exception:
                 log.exception("the models folder could not be looked at")
 
-    async def _read_folder(self, files: FolderScan | None) -> None:
-        names = {entry.name for entry in self.config.model}
+    async def watch_certificate(self) -> None:
+        """Until cancelled: renew the certificate that the box made for itself before its end."""
+        while True:
+            await asyncio.sleep(_LOOK_AT_CERTIFICATE_SECONDS)
+            config = self.config.server
+            if self.tls is None or not config.tls:
+                continue
+            try:
+                certificate = await asyncio.to_thread(certificates.of, config, self.home)
+                if certificate is not None and certificate != self.settings.current.certificate:
+                    certificates.use(certificate, self.tls, self.home)
+                    self.settings.current = replace(self.settings.current, certificate=certificate)
+                    fields = {"fingerprint": certificate.fingerprint}
+                    log.info("certificate renewed", extra={"fields": fields})
+            except Exception:
+                log.exception("the certificate could not be renewed")
+
+    async def _read_folder(self, files: ModelScan | None, removed: Collection[str] = ()) -> None:
+        names = {entry.name for entry in self.config.model if entry.path}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
         catalog = await asyncio.to_thread(load, scan=files, configured=configured)
         self._lingering.clear()
-        self._serve(catalog)
+        self._serve(catalog, removed)
 
-    def _serve(self, new: Catalog) -> None:
-        """Serve this catalog: a model that it lacks stays until it is unloaded, and one that is
-        being written stays what it was."""
+    def _serve(self, new: Catalog, removed: Collection[str] = ()) -> None:
+        """Serve this catalog: a model that it lacks stays until it is unloaded unless it was
+        `removed`, and one that is being written stays what it was."""
         old, loaded = self.catalog, self.placement.loaded
-        ids = {model.id for model in new.models}
+        ids = {model.id for model in new.models}.union(removed)
         missing = [model for model in old.models if model.id not in ids]
         self._lingering |= {model.id for model in missing if model.id in loaded}
         new = new.with_models(
@@ -243,18 +300,29 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
             config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)
             box = _join(read_config, current, home, database, headers)
+            if current.certificate is not None:
+                box.tls = certificates.context_of(current.certificate)
+                certificates.publish(home, current.certificate.pem)
             background = TaskSet()
             background.spawn(retention.apply_hourly(database, lambda: box.config.retention))
             background.spawn(box.watch_models())
+            background.spawn(box.session_keys.drop_ended_hourly(database))
+            background.spawn(box.watch_certificate())
+            await box.incidents.open()
+            box.placement.start()
             try:
                 async with _peering(box):
+                    await box.upstreams.open()
                     yield box
             finally:
+                await box.upstreams.close()
                 headers.stop()
                 await background.cancel()
                 await box.placement.close()
+                box.devices.close()
                 await box.digests.close()
                 await box.refusals.flush()
+                await box.incidents.close()
 
 
 @asynccontextmanager
@@ -301,6 +369,16 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         def rate() -> float:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
+        def is_back(peer: str, lost_at: float) -> bool:
+            """Whether others have heard from a lost peer since, or it is no member any more."""
+            found = next((known for known in network.peers() if known.node_id == peer), None)
+            if found is None or found.state in ("connected", "revoked"):
+                return True
+            return not found.gone and found.advert_at is not None and found.advert_at > lost_at
+
+        box.incidents.is_back = is_back
+        network.peer_lost = box.incidents.peer_lost
+        network.peer_is_back = box.incidents.peer_is_back
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.digests, rate).serve
         running, background = TaskSet(), TaskSet()
@@ -330,8 +408,10 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         policy=policies.of,
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
+        upstreams=box.upstreams,
     )
-    box.admission.tokenizer, box.admission.peer_models = services.boxes, services.candidates
+    box.boxes = box.admission.tokenizer = services.boxes
+    box.admission.remote = services.candidates
     box.requests.runner = services.runner
     return services
 
@@ -352,15 +432,26 @@ def _join(
     live = LiveSettings(current)
     identity = identity_of(home)
     digests = Digests(database)
-    placement = Placement(live, digests.of)
+    devices = DeviceMonitor()
+    placement = Placement(live, digests.of, devices)
+    prefixes = SavedPrefixFolder(home, identity, live)
+    placement.saved_prefixes = prefixes.of
     local = LocalBackend(placement, identity.node_id, live)
-    metrics = Metrics(placement)
-    load = LoadTracker(placement, live)
+    metrics = Metrics(placement, devices)
+    load = LoadTracker(placement)
+    upstreams = Upstreams(live, identity.node_id)
+    metrics.registry.register(UpstreamMetrics(upstreams))
+    incidents = Incidents(database)
+    placement.engine_died = incidents.engine_died
+    metrics.registry.register(IncidentMetrics(incidents))
+    boxes = without_peers(identity.node_id, live, placement, local, load, upstreams)
     requests = RunningRequests(
-        LegRunner(identity.node_id, local), Meter(identity, database, live), metrics, live
+        LegRunner(identity.node_id, local, boxes), Meter(identity, database, live), metrics, live
     )
-    admission = Admission(live, local, database, requests.in_flight)
+    admission = Admission(live, boxes, database, requests.in_flight)
+    admission.remote = boxes.candidates
     placement.waiting = requests.in_flight
+    requests.places = admission.places = placement.places
     return Box(
         settings=live,
         first_config=current.config,
@@ -370,14 +461,18 @@ def _join(
         database=database,
         headers=headers,
         digests=digests,
+        devices=devices,
         placement=placement,
         admission=admission,
         local=local,
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
+        incidents=incidents,
         load=load,
-        offers=Offers(live, load, digests.of, lambda: admission.draining),
+        offers=Offers(live, load, digests.of, lambda: admission.draining, upstreams),
         ledger=Ledger(identity, database),
+        upstreams=upstreams,
+        boxes=boxes,
         control_token=secrets.token_hex(32),
     )

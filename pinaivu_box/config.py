@@ -16,37 +16,22 @@ from urllib.parse import urlsplit
 
 import msgspec
 import platformdirs
-from msgspec import Meta, Struct
+from msgspec import Meta
 
-from pinaivu_box import amount
+from pinaivu_box import amount, login_config, server_config
 from pinaivu_box.amount import Prices
-from pinaivu_box.engine.messages import SamplingDefaults
+from pinaivu_box.config_section import Port, PositiveInt, Section
+from pinaivu_box.engine.messages import Exact, KvType, SamplingDefaults, Split
 from pinaivu_box.errors import CliError
-from pinaivu_box.text import NO_CONTROLS
+from pinaivu_box.login_config import LoginConfig
+from pinaivu_box.server_config import ServerConfig
+from pinaivu_box.text import NO_CONTROLS, whole
 
-PositiveInt = Annotated[int, Meta(ge=1)]
 Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32 bits
-Port = Annotated[int, Meta(ge=0, le=65535)]
 Weight = Annotated[float, Meta(ge=0)]
+GpuLayers = Annotated[int, Meta(ge=0)] | Literal["auto"]
 RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
 _Amount = TypeVar("_Amount", bound=str | Prices)
-
-
-class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file; an unknown key in it is an error."""
-
-
-class ServerConfig(Section, frozen=True):
-    host: str = "127.0.0.1"
-    port: Port = 4001
-    max_body_bytes: PositiveInt = 10 * 1024 * 1024
-    cors_origins: tuple[str, ...] = ("*",)
-    # Whom users can ask; named in errors that only the operator can resolve.
-    contact: Annotated[str, Meta(max_length=200)] = ""
-    drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
-    # How long the status of a stream waits for the first token, so that a failure has its own
-    # status; after that, 200 is sent, and comments keep the connection alive.
-    stream_grace_seconds: Annotated[float, Meta(ge=0)] = 10.0
 
 
 class SharedPrefix(Section, frozen=True):
@@ -62,6 +47,14 @@ class EngineConfig(Section, frozen=True):
     kv_tokens: Tokens = 0
     token_budget: Annotated[int, Meta(ge=32, le=2**31 - 1)] = 512
     threads: Annotated[int, Meta(ge=0, le=512)] = 0  # GGML_MAX_N_THREADS
+    devices: tuple[str, ...] = ()
+    gpu_layers: GpuLayers = "auto"
+    split: Split = "layer"
+    tensor_split: tuple[Weight, ...] = ()
+    main_device: str = ""
+    kv_type: KvType = "f16"
+    exact: Exact = "auto"
+    cpu_variant: Annotated[str, Meta(pattern=whole("[a-z0-9_.]{0,64}"))] = ""
     drafting: bool = True
     context_shift: bool = False
     parse_special: bool = False
@@ -70,6 +63,7 @@ class EngineConfig(Section, frozen=True):
     keep_alive: str = "5m"
     max_keep_alive: str = "1h"  # the maximum for a request
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0
+    saved_prefixes_mb: Annotated[int, Meta(ge=0)] = 1000
 
 
 class SamplingConfig(Section, SamplingDefaults, frozen=True):
@@ -79,11 +73,8 @@ class SamplingConfig(Section, SamplingDefaults, frozen=True):
 class PricingConfig(Section, frozen=True):
     currency: str = "credits"
     per_1k_tokens: str | Prices = "0"
+    per_billion: str | Prices = ""
     models: dict[str, str | Prices] = {}
-
-    def prices_of(self, model_id: str) -> Prices:
-        """The model's own prices of 1,000 tokens, or those of all models."""
-        return amount.prices(self.models.get(model_id, self.per_1k_tokens))
 
 
 class RetentionConfig(Section, frozen=True):
@@ -132,6 +123,12 @@ class PeeringConfig(Section, frozen=True):
     serve: PeeringServeConfig = PeeringServeConfig()
 
 
+class ExplorerConfig(Section, frozen=True):
+    """Who may open it: "login", keys and sessions, or "public", everybody."""
+
+    access: Literal["login", "public"] = "login"
+
+
 class RegistryConfig(Section, frozen=True):
     """Base URLs of the registries behind short names."""
 
@@ -144,24 +141,85 @@ class LogConfig(Section, frozen=True):
     format: str = "text"
 
 
-class ModelConfig(Section, frozen=True):
-    name: str
+class AdapterConfig(Section, frozen=True):
+    """A LoRA adapter: a GGUF file, and how much of it is added to the model."""
+
     path: str
+    scale: float = 1.0
+
+
+class ModelSettings(Section, frozen=True):
+    """The settings of one model.  Those that are 0, empty or None are as for every model."""
+
     context: Tokens = 0
+    parallel: Annotated[int, Meta(ge=0, le=256)] = 0
     sampling: SamplingConfig = SamplingConfig()
+    template: str = ""
+    kv_type: KvType | None = None
+    exact: Exact | None = None
+    devices: tuple[str, ...] | None = None
+    gpu_layers: GpuLayers | None = None
+    split: Split | None = None
+    tensor_split: tuple[Weight, ...] | None = None
+    main_device: str | None = None
+    pin: bool = False
+    preload: bool = False
+    keep_alive: str = ""
+    price: str | Prices = ""
+    draft: str = ""
+    adapters: tuple[AdapterConfig, ...] = ()
+    projector: str = ""
+
+
+class ModelConfig(ModelSettings, frozen=True, kw_only=True):
+    """A model file, or without a path the settings of a model that has one already: in the models
+    folder, or bundled."""
+
+    name: str
+    path: str = ""
+
+
+class UpstreamConfig(Section, frozen=True, kw_only=True):
+    """Another server with OpenAI's API; `url` is that of its `/models` without it.
+
+    `models` are its names, with `*` for any characters, or names here with the names there.  The
+    key is in an environment variable or a file, never here.  `price` is that of all its models,
+    `prices` of single ones by their names here.
+    """
+
+    name: str
+    url: str
+    models: tuple[str, ...] | dict[str, str] = ("*",)
+    key_env: str = ""
+    key_file: str = ""
+    concurrency: PositiveInt = 32
+    price: str | Prices = ""
+    prices: dict[str, str | Prices] = {}
+    health: Literal["models", "health", "none"] = "models"
+    health_seconds: Annotated[float, Meta(ge=0.1)] = 15.0
+    connect_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    first_token_seconds: Annotated[float, Meta(gt=0)] = 300.0
+    stall_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    openai_only: bool = False
+    for_peers: bool = False
 
 
 class Config(Section, frozen=True):
     models_dir: str = ""
+    model_caches: tuple[str, ...] = ()
     server: ServerConfig = ServerConfig()
+    login: LoginConfig = LoginConfig()
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     pricing: PricingConfig = PricingConfig()
     retention: RetentionConfig = RetentionConfig()
     peering: PeeringConfig = PeeringConfig()
     registry: RegistryConfig = RegistryConfig()
+    explorer: ExplorerConfig = ExplorerConfig()
     log: LogConfig = LogConfig()
+    aliases: dict[str, str] = {}
     model: list[ModelConfig] = []
+    upstream: list[UpstreamConfig] = []
 
 
 # Environment variable -> path of the setting.
@@ -180,14 +238,17 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
+_CACHES = ("ollama", "lm-studio", "llama.cpp")
 HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
-_CONTACT = re.compile(r"https?://[!-~]+|[^\s@:/]+@[^\s@]+")
+_UPSTREAM_URL = re.compile(r"https?://[!-~]{1,2000}")
+_UPSTREAM_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST_PORT = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
     r":(?P<port>[0-9]{1,5})"
 )
 _DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
+MAX_ADAPTER_SCALE = 1000
 _MAX_DURATION_SECONDS = 365_250 * 86400.0
 _MIN_RETENTION_SECONDS = 7200.0
 _MIN_COPY_MB_PER_S = 0.1  # at less, a piece takes longer than a peer waits for it
@@ -300,8 +361,16 @@ def _check(config: Config) -> None:
         # These pass the bounds of a type.
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, not a finite number")
+    for name in config.model_caches:
+        if name not in _CACHES and not name.startswith(("/", "~")):
+            raise ValueError(
+                f"model_caches has '{name}', which is neither {', '.join(_CACHES)} nor the path of "
+                "a folder"
+            )
     parse_duration(config.engine.keep_alive)
     parse_duration(config.engine.max_keep_alive)
+    server_config.check(config.server)
+    login_config.check(config.login)
     for entry in config.engine.shared_prefixes:
         if bool(entry.text.strip()) == bool(entry.file):
             raise ValueError(
@@ -321,17 +390,65 @@ def _check(config: Config) -> None:
     ):
         if choice not in choices:
             raise ValueError(f"{name} is '{choice}', not one of {', '.join(choices)}")
-    if config.server.contact and not _CONTACT.fullmatch(config.server.contact):
-        raise ValueError(
-            f"server.contact is '{config.server.contact}': write an email address or a URL"
-        )
     _check_peering(config.peering)
     check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
-    for model, price in config.pricing.models.items():
-        check_amount(f'pricing.models."{model}"', price, amount.prices)
+    check_amount("pricing.per_billion", config.pricing.per_billion or "0", amount.prices)
+    for name, price in config.pricing.models.items():
+        check_amount(f'pricing.models."{name}"', price, amount.prices)
+    for model in config.model:
+        check_amount(f"the price of model {model.name}", model.price or "0", amount.prices)
+        if model.keep_alive:
+            parse_duration(model.keep_alive)
+        _check_adapters(model)
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is used twice")
+    for upstream in config.upstream:
+        _check_upstream(upstream)
+    names = [upstream.name for upstream in config.upstream]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"the upstream name {sorted(doubled)[0]} is used twice")
+
+
+def _check_upstream(upstream: UpstreamConfig) -> None:
+    if not _UPSTREAM_NAME.fullmatch(upstream.name):
+        raise ValueError(
+            f"the upstream name '{upstream.name[:80]}' is not made of letters, digits, '.', '_' "
+            "and '-'"
+        )
+    where = f"upstream {upstream.name}"
+    try:
+        parts = urlsplit(upstream.url)
+        is_base = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+    except ValueError:
+        is_base = False
+    if not is_base or not _UPSTREAM_URL.fullmatch(upstream.url):
+        raise ValueError(
+            f"{where}: its url is no base URL such as https://HOST/v1 or http://HOST:8000/v1"
+        )
+    if "@" in parts.netloc:
+        raise ValueError(f"{where}: its url holds a password: use key_env or key_file")
+    if upstream.key_env and upstream.key_file:
+        raise ValueError(f"{where}: it has both key_env and key_file: leave one out")
+    if not upstream.models or not all(upstream.models):
+        raise ValueError(f'{where}: it has no models: write ["*"] for all that it has')
+    check_amount(f"{where}: its price", upstream.price or "0", amount.prices)
+    for model, price in upstream.prices.items():
+        check_amount(f'{where}: its price of "{model}"', price, amount.prices)
+
+
+def _check_adapters(entry: ModelConfig) -> None:
+    if entry.adapters and not entry.path:
+        raise ValueError(
+            f"the model {entry.name} has adapters and no path: with adapters it is another model, "
+            "so write an entry with a name of its own, the path of the base and the adapters"
+        )
+    for adapter in entry.adapters:
+        if not abs(adapter.scale) <= MAX_ADAPTER_SCALE:  # also true of NaN
+            raise ValueError(
+                f"the scale of the adapter {adapter.path} of {entry.name} is {adapter.scale}: it "
+                f"must be from -{MAX_ADAPTER_SCALE} to {MAX_ADAPTER_SCALE}"
+            )
 
 
 def _check_peering(peering: PeeringConfig) -> None:

@@ -76,6 +76,10 @@ class ResponseNotCompleted(StoreError):
     """A stored response has not ended, or failed: a conversation cannot go on after it."""
 
 
+class Unreadable(StoreError):
+    """A sealed row is not what was sealed there."""
+
+
 class DatabaseUnusable(StoreError):
     """The database file is damaged, cannot be opened, or belongs to another program."""
 
@@ -218,12 +222,68 @@ class Unauthorized(ApiError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
+class SessionEnded(Unauthorized):
+    code = "session_ended"
+
+
+class LoginFailed(Unauthorized):
+    code = "login_failed"
+
+
+class LoginNeeded(Unauthorized):
+    """A page needs a session: the browser is sent to the login, and comes back."""
+
+    code = "login_needed"
+
+
+class SignOnFailed(ApiError):
+    """Single sign-on has not led to a session."""
+
+    status, type, code = 401, "authentication_error", "sign_on_failed"
+
+
+class SignOnForbidden(SignOnFailed):
+    """The provider knows the person, and this box lets them not in."""
+
+    status, type, code = 403, "permission_error", "sign_on_forbidden"
+
+
+class SignOnUnavailable(SignOnFailed):
+    """The provider cannot be used now."""
+
+    status, type, code = 503, "server_error", "sign_on_unavailable"
+
+
 class BudgetExceeded(ApiError):
     status, type, code = 402, "insufficient_quota", "budget_exceeded"
 
 
 class Forbidden(ApiError):
     status, type, code = 403, "permission_error", "permission_denied"
+
+
+class Locked(Forbidden):
+    """The session does not have the key of the account's chats."""
+
+    code = "locked"
+
+
+class SealNotChosen(Forbidden):
+    """The account has no key for its chats yet: somebody has to choose what wraps it."""
+
+    code = "seal_not_chosen"
+
+
+class WrongSecret(Forbidden):
+    """In a session: that is not the password, passphrase or recovery key."""
+
+    code = "wrong_secret"
+
+
+class CrossSite(Forbidden):
+    """A change that a page of another site may have had the browser send."""
+
+    code = "cross_site_request"
 
 
 class KeyBlocked(Forbidden):
@@ -320,6 +380,18 @@ class EngineLost(NoNodesAvailable):
 
 class PeerFaulty(EngineLost):
     """A peer violated the protocol: it sent what it did not sign, or was not asked for."""
+
+
+class UpstreamBusy(NoNodesAvailable):
+    """An upstream asks to be left alone for `retry_after` seconds; others may serve the request."""
+
+
+class UpstreamLost(NoNodesAvailable):
+    """An upstream failed, or says what nobody can use; others may serve the request."""
+
+
+class UpstreamFailed(UpstreamLost):
+    """An upstream says that it has failed on this request: others may not fare so."""
 
 
 class TooLate(NoNodesAvailable):

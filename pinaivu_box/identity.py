@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ class Identity:
     def node_id(self) -> str:
         """`node_` and the 64 hex digits of the public key."""
         return NODE_PREFIX + self.signing_key.verify_key.encode().hex()
+
+    def secret(self, domain: str) -> bytes:
+        """32 bytes that only this box has; those of one domain tell nothing of another's."""
+        seed = self.signing_key.encode()
+        return hashlib.blake2b(domain.encode(), key=seed, digest_size=32).digest()
 
     def sign(self, domain: str, message: bytes) -> bytes:
         """64-byte Ed25519 signature (RFC 8032) over `domain`, a newline and `message`.

@@ -54,6 +54,6 @@ def configure(config: LogConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if config.format == "json" else _TextFormatter())
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
-    # At debug, aiosqlite logs each statement and asyncio each slow callback.
-    for noisy in ("aiosqlite", "asyncio"):
+    # At debug, aiosqlite logs each statement and asyncio each slow callback; httpx each request.
+    for noisy in ("aiosqlite", "asyncio", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -13,26 +14,28 @@ from msgspec import Meta, Struct
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import (
+    Config,
     PeeringServeConfig,
-    PricingConfig,
     RoutingPolicy,
     check_amount,
     parse_duration,
     parse_span,
 )
 
-Scope = Literal["inference", "usage", "receipts", "admin", "local-only"]
-SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "admin")
+Scope = Literal["inference", "usage", "receipts", "account", "admin", "local-only"]
+SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "account", "admin")
 LOCAL_ONLY: Scope = "local-only"  # grants nothing: it restricts the others
 MEMBER_SCOPES: tuple[Scope, ...] = SCOPES[:3]
+ADMIN_SCOPES: tuple[Scope, ...] = (*MEMBER_SCOPES, "admin")
 
+RATES = ("rpm", "tpm", "max_parallel")  # limits of what is used in a minute, or at a time
 _Limit = Annotated[int, Meta(ge=1, le=2**53)]
 _MAX_PERIOD_SECONDS = 3660 * 86400.0
 UNPRICED = (
     "The budget has no effect, because no model that the key may use has a price: set prices under "
     "[pricing], or for the key (--price)."
 )
-_ANY = "any"  # stands for the models without a price of their own
+_ANY = "\0"  # stands for the models without a price of their own: only globs for all fit it
 LONGEST_LIFE = 36500 * 86400.0  # of a key, seconds
 
 
@@ -95,15 +98,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 
     def admits(self, address: str) -> bool:
         """Whether requests from an IP address are allowed."""
-        if not self.networks:
-            return True
-        try:
-            ip = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
-        return any(ip in ipaddress.ip_network(network) for network in self.networks)
+        return not self.networks or in_networks(address, self.networks)
 
     def prices_of(self, model_id: str) -> Prices | None:
         """The key's own prices of a model, None if it has none."""
@@ -111,6 +106,17 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
             if fnmatchcase(model_id, glob):
                 return amount.prices(prices)
         return None
+
+
+def in_networks(address: str, networks: Sequence[str]) -> bool:
+    """Whether an IP address is in one of the networks, which are CIDR."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    return any(ip in ipaddress.ip_network(network) for network in networks)
 
 
 class PeerPolicy(PeeringServeConfig, frozen=True):
@@ -200,17 +206,28 @@ def check_new(budget: Budget) -> None:
         parse_span(budget.period)
 
 
-def free_of_charge(policy: Policy, pricing: PricingConfig) -> bool:
+def free_of_charge(policy: Policy, config: Config) -> bool:
     """Whether no model that the key may use has a price, so that a budget has no effect."""
 
     def costs(price: str | Prices) -> bool:
-        return amount.prices(price).most(1, 1) > 0
+        return amount.prices(price or "0").most(1, 1) > 0
 
     if any(map(costs, policy.prices.values())):
         return False
-    prices = {name: price for name, price in pricing.models.items() if policy.serves(name)}
-    if not policy.models or any(glob not in pricing.models for glob in policy.models):
-        prices[_ANY] = pricing.per_1k_tokens
+    own = _own_prices(config)
+    prices = {name: [price] for name, price in own.items() if policy.serves(name)}
+    if not policy.models or any(glob not in own for glob in policy.models):
+        pricing, upstreams = config.pricing, [upstream.price for upstream in config.upstream]
+        prices[_ANY] = [pricing.per_1k_tokens, pricing.per_billion, *upstreams]
     return not any(
-        costs(price) and policy.prices_of(name) is None for name, price in prices.items()
+        policy.prices_of(name) is None and any(map(costs, several))
+        for name, several in prices.items()
     )
+
+
+def _own_prices(config: Config) -> dict[str, str | Prices]:
+    """Those that are set for single models, by their names."""
+    prices = dict(config.pricing.models)
+    for upstream in config.upstream:
+        prices |= upstream.prices
+    return prices | {model.name: model.price for model in config.model if model.price}

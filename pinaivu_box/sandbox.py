@@ -14,27 +14,29 @@ package runs in it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import os
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from queue import LifoQueue
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import msgspec
 
 from pinaivu_box import child
 from pinaivu_box.errors import ApiError, BoxError, InternalError, InvalidBody, by_code
 from pinaivu_box.fair_threads import FairThreads
+
+# The child imports this module too, and starts in half the time without what only the parent needs:
+# that is imported where it is used.
+if TYPE_CHECKING:
+    import subprocess
 
 Job = Callable[[bytes], bytes]
 Limit = Literal["time", "memory", "crash"]
@@ -176,6 +178,8 @@ class Sandbox:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._discard()
+        import subprocess
+
         if child.executable_replaced():
             raise BoxError("the executable was replaced since the box started: restart the box")
         # Its standard error could quote what it was given, which belongs in no log.
@@ -249,6 +253,9 @@ class SandboxPool:
     async def run_async(self, payload: bytes, *, tenant: str) -> bytes:
         """As `run`, for the event loop; cancelling the task ends the job.  Tenants share the
         sandboxes fairly (see `fair_threads`)."""
+        import asyncio
+        from concurrent.futures import Future
+
         cancellation, future = Cancellation(), Future[bytes]()
         # A job that is cancelled waits on, but need not keep its payload.
         waiting = [payload]

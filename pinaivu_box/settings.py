@@ -6,22 +6,29 @@ They are immutable, and a reload replaces them as a whole.  Whoever needs a sett
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pinaivu_box.config import Config, EngineConfig
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import CliError, quoted
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.header_reader import HeaderReader
+from pinaivu_box.models.names import RULE, is_model_id
 from pinaivu_box.models.regular_files import open_regular
+from pinaivu_box.secret import Secret, read_secret
+from pinaivu_box.tls import certificate as certificates
+from pinaivu_box.tls.certificate import ServerCertificate
 
 MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context holds
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The configuration, the models that are served, and the texts of `[engine] shared_prefixes`.
+    """The configuration, the models that are served, the texts of `[engine] shared_prefixes`, the
+    keys of upstreams by their names, the server's certificate, and the secret of the client of
+    `[login.oidc]`.
 
     The catalog also changes when files come into the models folder or go.
     """
@@ -29,6 +36,9 @@ class Settings:
     config: Config
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     shared_prefixes: tuple[str, ...] = ()
+    upstream_keys: Mapping[str, Secret] = field(default_factory=dict)
+    certificate: ServerCertificate | None = None  # None: plain HTTP
+    oidc_secret: Secret | None = None
 
 
 class LiveSettings:
@@ -51,8 +61,37 @@ def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
 
     Raises CliError.
     """
+    keys = read_upstream_keys(config)
+    oidc_secret = read_oidc_secret(config)
+    certificate = certificates.of(config.server, home)
     catalog = catalogs.load(config, home, headers)
-    return Settings(config, catalog, read_shared_prefixes(config.engine))
+    prefixes = read_shared_prefixes(config.engine)
+    return Settings(config, catalog, prefixes, keys, certificate, oidc_secret)
+
+
+def read_oidc_secret(config: Config) -> Secret | None:
+    """The secret of the client of `[login.oidc]`, None if it has none.  Raises CliError."""
+    oidc = config.login.oidc
+    if not oidc.issuer:
+        return None
+    return read_secret("login.oidc", oidc.client_secret_env, oidc.client_secret_file)
+
+
+def read_upstream_keys(config: Config) -> dict[str, Secret]:
+    """The keys that upstreams have, by the names of these.  Raises CliError, also for a name of one
+    of their models that none can have here."""
+    for each in config.upstream:
+        for name in each.models:
+            if not is_model_id(name.replace("*", "x")):
+                raise CliError(
+                    f"upstream {each.name}: '{quoted(name)}' is no name of a model ({RULE}): give "
+                    'the model another name here, as in { "NAME" = "NAME THERE" }.'
+                )
+    found = {
+        each.name: read_secret(f"upstream {each.name}", each.key_env, each.key_file)
+        for each in config.upstream
+    }
+    return {name: key for name, key in found.items() if key is not None}
 
 
 def read_shared_prefixes(config: EngineConfig) -> tuple[str, ...]:

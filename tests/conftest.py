@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,15 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import process_box
 from tests.support.process_box import Box, StartBox
+from tests.support.terminal import Terminal
+
+# Hundreds of processes import the package: without bytecode each would compile all of it, which
+# takes longer than the rest of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# An engine's threads wait for each other by spinning, which is right on a machine of its own.  Here
+# several boxes share few cores, and most of the CPU time would be spent on waiting.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples in every run, however slow the machine: a run that finds something new by chance
 # is for `tests/fuzz`, not for who submits something else.
@@ -23,10 +34,14 @@ settings.load_profile("steady")
 
 # Files that take longest, longest first: whoever begins with them last ends last.
 LONGEST = (
-    "tests/test_binary.py", "tests/test_crash.py", "tests/test_backup.py",
-    "tests/peering/test_joining.py", "tests/peering/test_relay.py", "tests/peering/test_pulling.py",
-    "tests/peering/test_failover.py", "tests/test_serve.py", "tests/test_model_files.py",
-    "tests/test_errors.py", "tests/test_limits_served.py", "tests/test_fuzz.py",
+    "tests/test_binary.py", "tests/clients/test_clients.py", "tests/test_crash.py",
+    "tests/test_families.py", "tests/test_serve.py", "tests/test_doctor.py", "tests/test_api.py",
+    "tests/test_chat.py", "tests/test_run.py", "tests/peering/test_joining.py",
+    "tests/test_fuzz.py", "tests/test_receipts.py", "tests/test_readme.py",
+    "tests/test_backup.py", "tests/peering/test_relay.py", "tests/peering/test_pulling.py",
+    "tests/peering/test_failover.py", "tests/test_model_files.py", "tests/test_errors.py",
+    "tests/test_limits_served.py", "tests/browser/test_pages.py",
+    "tests/browser/test_chat_page.py",
 )  # fmt: skip
 
 
@@ -46,9 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @cache
 def starts_boxes(module: ModuleType) -> bool:
     """Whether a test file knows a box or a command in a process of its own."""
-    commands = (process_box.pinaivu, process_box.pinaivu_json, process_box.environment)
+    commands = (process_box.pinaivu, process_box.pinaivu_json, process_box.environment, StartBox)
     return any(
-        value in commands or (isinstance(value, type) and issubclass(value, Box))
+        value in commands or (isinstance(value, type) and issubclass(value, (Box, Terminal)))
         for value in vars(module).values()
         if callable(value)
     )

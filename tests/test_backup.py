@@ -142,6 +142,14 @@ def test_the_configuration_comes_along(made: dict[str, Path], tmp_path: Path) ->
     assert contents(tmp_path / "other") == contents(made["home"])
 
 
+def test_aliases_come_along(tmp_path: Path) -> None:
+    home, archive = home_with_a_key(tmp_path / "home", "shells"), tmp_path / "archive"
+    run_command("cp", "smollm2:135m", "nick", home=home)
+    run_command("backup", str(archive), home=home)
+    run_command("restore", str(archive), home=tmp_path / "other")
+    assert (tmp_path / "other/aliases.json").read_bytes() == (home / "aliases.json").read_bytes()
+
+
 def test_an_encrypted_backup_shows_nothing(made: dict[str, Path]) -> None:
     data = made["sealed"].read_bytes()
     secret = (made["home"] / "identity.key").read_bytes().strip()

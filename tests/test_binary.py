@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,16 @@ import pytest
 
 import tests.support.process_box
 from pinaivu_box.models import bundled
+from tests.support import fake_gpu
 from tests.support.process_box import MODEL, Box, alive, environment, pinaivu, wait_until
 
-pytestmark = pytest.mark.skipif(
-    "PINAIVU_BINARY" in os.environ, reason="the tests run on an executable that is there already"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "PINAIVU_BINARY" in os.environ,
+        reason="the tests run on an executable that is there already",
+    ),
+    pytest.mark.timeout(1800),  # the first makes the executable: a minute, if nothing else runs
+]
 
 ROOT = Path(__file__).parent.parent
 REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
@@ -38,6 +43,7 @@ SOURCE_TESTS = {
     "test_chat.py": "models",
     "test_crash.py": "of_the_real_model or plain_answer_under_way or second_sigterm",
     "test_doctor.py": "running_box_is_in_order",
+    "test_images.py": "depends_on_the_image",
     "test_keys.py": "create_prints",
     "test_receipts.py": "needs_no_box or show",
     "test_serve.py": "first_start_prints or stdout or version",
@@ -52,7 +58,7 @@ def executable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     copy = tmp_path_factory.mktemp("executable") / "pinaivu"
     shutil.copy2(ROOT / "dist/pinaivu", copy)
     yield copy
-    copy.unlink()  # pytest keeps folders of earlier runs; not 250 MB in each
+    copy.unlink()  # pytest keeps folders of earlier runs; not 290 MB in each
 
 
 @pytest.fixture
@@ -240,10 +246,100 @@ def test_a_signal_to_the_whole_group_drains(
         end(slow)
 
 
+# -- with a payload ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_payload(executable: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The executable with a backend in a payload, as `build/binary --cuda` makes it: here the one
+    for fake GPUs, since nothing else can be made in time or used here."""
+    folder = tmp_path_factory.mktemp("payload")
+    copy, payload = folder / "pinaivu-cuda", folder / "cuda.payload"
+    shutil.copy2(executable, copy)
+    model = Path(sys.prefix) / "share/pinaivu/models" / bundled.FILE_NAME
+    for arguments in (
+        ("make", payload, "cuda", fake_gpu.backend()),
+        ("assemble", copy, model, payload),
+    ):
+        script = [sys.executable, str(ROOT / "build/payloads.py"), *map(str, arguments)]
+        subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    yield copy
+    copy.unlink()
+
+
+@pytest.fixture
+def start_with_payload(
+    with_payload: Path, tmp_path: Path, nothing: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Box]]:
+    """Starts a box of that executable, whose environment is a cache folder and what is given."""
+    started: list[Box] = []
+
+    def start(**env: str) -> Box:
+        variables = [f"{name}={value}" for name, value in env.items()]
+        command = ["env", "-i", f"XDG_CACHE_HOME={tmp_path}", *variables, str(with_payload)]
+        nothing.setattr(tests.support.process_box, "PINAIVU", command)
+        started.append(Box(tmp_path / f"home{len(started)}").start())
+        return started[-1]
+
+    yield start
+    for box in started:
+        end(box)
+
+
+def unpacked_backend(folder: Path) -> Path:
+    (library,) = folder.glob("pinaivu/backends/cuda-*/libggml-cuda.so")
+    return library
+
+
+def test_a_payload_without_a_gpu_steps_aside(
+    start_with_payload: Callable[..., Box], tmp_path: Path
+) -> None:
+    box = start_with_payload()
+    assert "no GPU" in box.output or "pinaivu doctor" in box.output  # the second: there is a card
+    assert ask(box)["choices"][0]["message"]["content"].strip()
+    assert "Fake GPU" not in box.engines()[0]["device"]
+    assert unpacked_backend(tmp_path)
+
+
+def test_a_payload_is_unpacked_once_and_computes_on_gpus(
+    start_with_payload: Callable[..., Box], tmp_path: Path
+) -> None:
+    box = start_with_payload(FAKE_GPUS="CUDA0:1024")
+    assert "CUDA0 Fake GPU" in box.output
+    ask(box)
+    assert "Fake GPU" in box.engines()[0]["device"]
+    before = unpacked_backend(tmp_path).stat()
+    second = start_with_payload(FAKE_GPUS="CUDA0:1024")
+    ask(second)
+    assert unpacked_backend(tmp_path).stat().st_ino == before.st_ino
+
+
+def test_a_damaged_payload_in_the_cache_is_unpacked_again(
+    start_with_payload: Callable[..., Box], tmp_path: Path
+) -> None:
+    ask(start_with_payload())
+    library = unpacked_backend(tmp_path)
+    whole = library.read_bytes()
+    library.chmod(0o700)
+    library.write_bytes(whole[:100] + os.urandom(len(whole) - 100))
+    box = start_with_payload(FAKE_GPUS="CUDA0:1024")
+    ask(box)
+    assert "Fake GPU" in box.engines()[0]["device"]
+    assert unpacked_backend(tmp_path).read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_the_gpu_only(
+    start_with_payload: Callable[..., Box], tmp_path: Path
+) -> None:
+    (tmp_path / "pinaivu").write_text("")
+    box = start_with_payload(FAKE_GPUS="CUDA0:1024")
+    ask(box)
+    assert "Fake GPU" not in box.engines()[0]["device"]
+
+
 # -- as the source tree --------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(900)
 def test_the_executable_passes_tests_of_the_source_tree(executable: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -257,7 +353,7 @@ def test_the_executable_passes_tests_of_the_source_tree(executable: Path, tmp_pa
         text=True,
         env=environment(PINAIVU_BINARY=str(executable), TMPDIR=str(scratch)),
     )
-    shutil.rmtree(scratch)  # these tests kill their boxes, which then leave 90 MB each
+    shutil.rmtree(scratch)  # these tests kill their boxes, which then leave 125 MB each
     assert done.returncode == 0, done.stdout
     for file in SOURCE_TESTS:
         assert re.search(rf"^tests/{file}::\S+ PASSED", done.stdout, re.MULTILINE), done.stdout

@@ -19,6 +19,7 @@ from pinaivu_box.config import (
     Config,
     ModelConfig,
     SamplingConfig,
+    UpstreamConfig,
     default_home,
     load,
     parse_duration,
@@ -28,6 +29,7 @@ from pinaivu_box.errors import CliError
 from tests.support.process_box import Box
 
 SAMPLE = Path(__file__).parent.parent / "sample.toml"
+LISTED: dict[str, type[msgspec.Struct]] = {"model": ModelConfig, "upstream": UpstreamConfig}
 COMMENTED = re.compile(r'^# (\[\[?[\w.]+\]\]?|[\w".:]+ = .+)$', re.MULTILINE)
 
 
@@ -55,8 +57,8 @@ def settings(struct: type[msgspec.Struct], at: tuple[str, ...] = ()) -> Iterator
     for field in msgspec.structs.fields(struct):
         path = (*at, field.name)
         inner: type[msgspec.Struct] | None = None
-        if not at and field.name == "model":
-            inner = ModelConfig
+        if not at and field.name in LISTED:
+            inner = LISTED[field.name]
         if isinstance(field.default, msgspec.Struct):
             inner = type(field.default)
         if inner and path != ("model", "sampling"):  # as [sampling], which is walked itself
@@ -67,7 +69,7 @@ def settings(struct: type[msgspec.Struct], at: tuple[str, ...] = ()) -> Iterator
 
 def test_every_setting_is_in_the_sample() -> None:
     tree = uncommented()
-    tree["model"] = tree["model"][0]
+    tree |= {name: tree[name][0] for name in LISTED}
     paths = list(settings(Config))
     assert len(paths) >= 25
     for path in paths:
@@ -85,7 +87,14 @@ def test_the_commented_lines_of_the_sample_are_valid_and_have_the_defaults(tmp_p
     (model,) = config.model
     assert model.context == ModelConfig(name="", path="").context
     assert config.pricing.models
-    rest = {"sampling": SamplingConfig(), "model": [], "pricing": Config().pricing}
+    (upstream,) = config.upstream
+    unlike = {"name", "url", "key_env", "price", "prices"}
+    for name in set(UpstreamConfig.__struct_fields__) - unlike:
+        default = getattr(UpstreamConfig(name="", url=""), name)
+        assert getattr(upstream, name) == default, name
+    rest = {
+        "sampling": SamplingConfig(), "model": [], "upstream": [], "pricing": Config().pricing,
+    }  # fmt: skip
     assert msgspec.structs.replace(config, **rest) == Config()
 
 

@@ -36,8 +36,10 @@ NAMES = [
     "home",
     "disk",
     "clock",
+    "processors",
     "configuration",
     "port",
+    "TLS",
     "identity",
     "database",
     "models",
@@ -376,44 +378,6 @@ def test_a_context_that_no_machine_has_memory_for(home: Path) -> None:
     (home / "config.toml").write_text("[engine]\ncontext = 2000000000\n")
     (home / "config.toml").chmod(0o600)
     assert failed(doctor(home)) == ["memory"]
-
-
-def card(root: Path, *there: str) -> Path:
-    files = {
-        "card": ("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de\n"),
-        "driver": ("proc/driver/nvidia/version", DRIVER),
-        "device": ("dev/nvidia0", ""),
-    }
-    for name in there:
-        path = root / files[name][0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(files[name][1])
-    if "card" in there:
-        (root / "sys/bus/pci/devices/0000:01:00.0/class").write_text("0x030200\n")
-    return root
-
-
-DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
-
-
-@pytest.mark.parametrize(
-    ("there", "state", "words"),
-    [
-        ((), "ok", "CPU"),
-        (("card",), "warning", "no driver"),
-        (("card", "driver"), "warning", "/dev/nvidia"),
-        (("driver", "device"), "warning", "libcuda"),
-    ],
-)
-def test_graphics(tmp_path: Path, there: tuple[str, ...], state: str, words: str) -> None:
-    check = machine.gpu(card(tmp_path, *there))
-    assert check.state == state and words in check.found
-
-
-def test_graphics_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_has_libcuda", lambda _: True)
-    check = machine.gpu(card(tmp_path, "card", "driver", "device"))
-    assert check.state == "ok" and "550.54.15" in check.found
 
 
 def test_a_check_that_breaks_is_a_check_that_failed(

@@ -224,7 +224,7 @@ def test_the_documented_example_of_a_missing_field(box: Box) -> None:
             MISSING,
         ),
         (
-            with_message(role="user", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            with_message(role="user", content=[{"type": "input_audio", "input_audio": {}}]),
             ["messages", 1, "content", 0, "type"],
             None,
         ),

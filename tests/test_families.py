@@ -61,7 +61,16 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     file = folder / "broken.gguf"
     file.write_bytes(with_template(source, BROKEN_TEMPLATE))
     models.append(f"--model=broken={file}")
-    (folder / "box.toml").write_text(CONFIG)
+    file = folder / "bare.gguf"
+    file.write_bytes(source.replace(b"tokenizer.chat_template", b"tokenizer.lost_template"))
+    models.append(f"--model=bare={file}")
+    (folder / "evil.jinja").write_text(HOSTILE_TEMPLATE)
+    (folder / "loud.jinja").write_text("{{ messages[0].content | upper }}")
+    given = [
+        f'[[model]]\nname = "{name}:latest"\npath = "{file}"\ntemplate = "{folder}/{name}.jinja"\n'
+        for name in ("evil", "loud")
+    ]
+    (folder / "box.toml").write_text(CONFIG + "".join(given))
     box = Box(folder / "home", "--config", str(folder / "box.toml"), *models).start()
     yield box
     box.end()
@@ -222,6 +231,24 @@ def test_a_hostile_template_refuses_its_chats_and_nothing_else(families: Box) ->
         assert limit in caught.value.message
     done = families.client.completions.create(model="hostile:latest", prompt="One", max_tokens=3)
     assert done.choices[0].text
+
+
+def test_a_file_without_a_template_gets_that_of_its_family(families: Box) -> None:
+    said = chat(families, "bare", max_tokens=1)
+    written = f"<|im_start|>user\n{QUESTION[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    done = families.client.completions.create(model="bare:latest", prompt=written, max_tokens=1)
+    assert said.usage.prompt_tokens == done.usage.prompt_tokens
+
+
+def test_a_configured_template_is_used_in_place_of_the_files_and_as_carefully(
+    families: Box,
+) -> None:
+    said = chat(families, "loud", max_tokens=1)
+    prompt = QUESTION[0]["content"].upper()
+    done = families.client.completions.create(model="loud:latest", prompt=prompt, max_tokens=1)
+    assert said.usage.prompt_tokens == done.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="chat template of model 'evil:latest' takes"):
+        chat(families, "evil")
 
 
 def test_a_broken_template_refuses_chats_and_nothing_else(families: Box) -> None:

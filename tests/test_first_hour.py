@@ -80,15 +80,34 @@ def ask(box: Box, key: str | None = None, model: str = "fast:1", **more: Any) ->
 )
 def test_an_address_that_is_none_names_the_nearest(fresh: Box, path: str, near: str) -> None:
     answer = fresh.http("GET", path)
-    assert answer.status_code == 404
+    assert answer.status_code == fresh.http("POST", path, json={}).status_code == 404
     error = answer.json()["error"]
     assert f"There is no {path} here." in error["message"] and near in error["message"]
     assert error["code"] == "not_found" and answer.json()["detail"] == error["message"]
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g", "/v1/admin/nothing"]
+    ("path", "expected"),
+    [
+        ("/signin", None),
+        ("/login/link", None),
+        ("/doc", None),
+        ("/explorer/r", None),
+        ("/v1/sesion", "POST /v1/session"),
+        ("/v1/admin/key", "POST /v1/admin/keys"),
+        ("/v1/model", "GET /v1/models"),
+    ],
 )
+def test_no_page_is_named_to_a_program_that_sends_something(
+    fresh: Box, path: str, expected: str | None
+) -> None:
+    message = fresh.http("POST", path, json={}).json()["error"]["message"]
+    named = re.findall(r"(?:GET|POST|PATCH|DELETE) (/[^ ?]*)", message)
+    assert all(one.startswith(("/v1/", "/api/")) for one in named), message
+    assert expected is None or f"mean {expected}" in message
+
+
+@pytest.mark.parametrize("path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g"])
 def test_an_unknown_path_without_a_near_one_names_some_paths(fresh: Box, path: str) -> None:
     message = fresh.http("GET", path).json()["error"]["message"]
     assert "/v1/chat/completions" in message and "/docs" in message

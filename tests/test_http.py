@@ -244,7 +244,7 @@ def test_a_page_may_read_what_was_passed_over(here: Box) -> None:
 
 
 def test_the_root_says_what_there_is(here: Box) -> None:
-    for accept in ("*/*", "application/json", "text/html"):
+    for accept in ("*/*", "application/json"):  # browsers: tests/test_login_links.py
         answer = here.http("GET", "/", key="", headers={"Accept": accept})
         assert answer.status_code == 200
         told = answer.json()
@@ -261,12 +261,14 @@ def test_head_is_get_without_the_body(here: Box) -> None:
     with httpx.Client(
         base_url=here.url, headers={"Authorization": f"Bearer {here.key}"}, trust_env=False
     ) as client:  # over one connection, where a body would be taken for the next answer
+        stream = client.head("/v1/admin/events", headers={"accept": "text/event-stream"})
+        assert stream.headers["content-type"].startswith("text/event-stream")
         for path in sorted(paths):
             path = path.replace("{model:path}", FAKE).replace("{", "").replace("}", "")
             got, head = client.get(path), client.head(path)
             assert (head.status_code, head.content) == (got.status_code, b""), path
-            assert head.headers["content-type"] == got.headers["content-type"], path
-            assert int(head.headers["content-length"]) > 0, path
+            assert head.headers.get("content-type") == got.headers.get("content-type"), path
+            assert int(head.headers["content-length"]) > 0 or got.is_redirect, path
         assert client.head("/v1/chat/completions").status_code == 405
         assert client.head("/v1/nothing").status_code == 404
     assert here.http("HEAD", "/v1/models", key="").status_code == 401
@@ -300,10 +302,7 @@ def test_the_document_says_where_the_api_is(here: Box, header: str | None, prefi
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/"])
 def test_the_page_finds_its_document_under_a_prefix(here: Box, path: str) -> None:
-    page = here.http("GET", path, key="").text
-    names = {part.split('"')[0] for part in page.split('href="')[1:]}
-    names |= {part.split('"')[0] for part in page.split('fetch("')[1:]}
-    assert names
-    for name in names:
-        found = urljoin(f"https://home.example/box{path}", name)
-        assert found == "https://home.example/box/openapi.json"
+    for prefix in ("", "/box"):
+        headers = {"X-Forwarded-Prefix": prefix} if prefix else {}
+        page = here.http("GET", path, key="", headers=headers).text
+        assert f'data-document="{prefix}/openapi.json"' in page

@@ -219,21 +219,63 @@ def test_a_reload_shortens_the_time_of_an_idle_model(tmp_path: Path) -> None:
         box.end()
 
 
+def placement_of(*names: str) -> tuple[Placement, catalog.Catalog]:
+    """A placement of models that no request needs for an hour."""
+    models = [ModelConfig(name=name, path="fake:0") for name in names]
+    config = Config(engine=EngineConfig(keep_alive="1h"), model=models)
+
+    async def digest(model: catalog.Model) -> str:
+        return digest_of(model)
+
+    found = catalog.load(config, Path("/nonexistent"))
+    return Placement(LiveSettings(Settings(config)), digest), found
+
+
+@pytest.mark.anyio
+async def test_a_model_that_is_unloaded_while_requests_run_goes_after_the_last_of_them() -> None:
+    placement, models = placement_of("one:1")
+    one = models.find("one:1")
+    try:
+        assert await placement.unload("one:1") is None
+        placement.release(await placement.acquire(one), "before", keep_alive=3600)
+        first, second = await placement.acquire(one), await placement.acquire(one)
+        assert await placement.unload("one:1") == 2
+        placement.release(first, "first", keep_alive=3600)
+        await asyncio.sleep(0.3)  # longer than it waits for the next one
+        assert second.alive
+        placement.release(second, "second")
+        await waiting.wait_until(lambda: "one:1" not in placement.loaded)
+        await second.closed.wait()
+    finally:
+        await placement.close()
+
+
+@pytest.mark.anyio
+async def test_a_request_after_the_unload_has_the_running_engine_and_keeps_it() -> None:
+    placement, models = placement_of("one:1")
+    one = models.find("one:1")
+    try:
+        first = await placement.acquire(one)
+        assert await placement.unload("one:1") == 1
+        second = await placement.acquire(one)
+        assert second is first
+        placement.release(first, "first", keep_alive=0)
+        placement.release(second, "second", keep_alive=60)
+        await asyncio.sleep(0.5)
+        assert first.alive
+        assert await placement.unload("one:1") == 0
+        assert not first.alive
+        assert placement.loaded == set()
+    finally:
+        await placement.close()
+
+
 @pytest.mark.anyio
 async def test_memory_that_an_unloaded_model_still_holds_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rather than refusing the next model, shrinking its cache or unloading what is to stay."""
-    config = Config(
-        engine=EngineConfig(keep_alive="1h"),
-        model=[ModelConfig(name, "fake:0") for name in ("kept:1", "left:1", "next:1")],
-    )
-
-    async def digest(model: catalog.Model) -> str:
-        return digest_of(model)
-
-    models = catalog.load(config, Path("/nonexistent"))
-    placement = Placement(LiveSettings(Settings(config)), digest)
+    placement, models = placement_of("kept:1", "left:1", "next:1")
     try:
         placement.release(await placement.acquire(models.find("kept:1")))
         left = await placement.acquire(models.find("left:1"))

@@ -29,7 +29,8 @@ from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pinaivu_box.openai.decoding import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.responses import ResponseRequest, as_messages
+from pinaivu_box.openai.response_input import as_messages
+from pinaivu_box.openai.responses import ResponseRequest
 from pinaivu_box.openai.types import ChatRequest, TextPart
 from pinaivu_box.receipts.commitment import output_text, prompt_text
 from pinaivu_box.server import bodies, paths, responses
@@ -152,7 +153,7 @@ def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
         return 0.0
 
     monkeypatch.setattr(paths, "_ratio", alike)
-    paths.suggestion("/" + "a" * 60_000, ENDPOINTS)
+    paths.suggestion("POST", "/" + "a" * 60_000, ENDPOINTS)
     assert longest and max(longest) <= 100
 
 
@@ -167,7 +168,7 @@ def test_names_of_ignored_fields_are_few_and_short() -> None:
 def test_a_part_of_the_only_type_may_leave_its_type_out() -> None:
     """Its unknown fields are ignored all the same."""
     part = {"text": "hi", "colour": 1}
-    body = {"model": "a", "messages": [{"role": "user", "content": [part]}]}
+    body = {"model": "a", "messages": [{"role": "system", "content": [part]}]}
     chat, ignored = decode(json.dumps(body).encode(), ChatRequest)
     assert ignored == ["messages.content.colour"]
     assert chat.messages[0].content == [TextPart("hi")]

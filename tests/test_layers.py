@@ -21,37 +21,55 @@ ROOMS = (
     "bounded",
     "changes",
     "tasks",
+    "startup",
+    "appended",
     "text",
     "value_count",
     "child",
     "fair_threads",
     "sandbox",
+    "processors",
     "chat_format",
     "vector_format",
     "amount",
     "engine.messages",
+    "engine_query",
+    "nvml",
+    "graphics_cards",
+    "devices",
+    "config_section",
+    "server_config",
+    "login_config",
     "config",
     "policy",
+    "policy_bounds",
     "identity",
     "logs",
     "openai",
     "models",
+    "secret",
+    "tls",
     "settings",
     "receipts",
     "store",
+    "login",
+    "chats",
     "home",
     "transport",
     "membership",
     "gossip",
     "network",
     "gateway",
+    "upstream",
     "routing",
     "ledger",
     "files",
     "registry",
     "legs",
     "admin",
+    "incidents",
     "box",
+    "model_admin",
     "backup",
     "server",
     "doctor",
@@ -63,16 +81,19 @@ WORKER = "engine.worker"
 # What the engine may import beside itself.
 OF_BOTH_SIDES = (
     "errors",
+    "appended",
     "backoff",
     "bounded",
     "text",
     "fair_threads",
     "sandbox",
+    "startup",
+    "processors",
     "chat_format",
     "vector_format",
 )
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
-STARTS_THE_WORKER = "cli.children"
+STARTS_THE_WORKER = "__main__"
 
 
 def imports(source: str, module: str) -> set[str]:
@@ -159,7 +180,7 @@ def test_every_module_has_a_room_and_every_room_a_module() -> None:
         ("gateway.local", "from pinaivu_box.engine import scheduler"),
         ("gateway.local", "import importlib\nimportlib.import_module('pinaivu_box.cli.serve')"),
         ("cli.serve", "from pinaivu_box.engine.worker import main"),
-        ("cli.children", "from pinaivu_box.engine.engine import Engine"),
+        ("__main__", "from pinaivu_box.engine.engine import Engine"),
         ("engine.worker", "from pinaivu_box.config import Config"),
         ("engine.engine", "import llama_cpp.llama_cpp as llama"),
         ("server.chat", "def f():\n    import llama_cpp"),
@@ -187,7 +208,7 @@ def test_the_parent_loads_neither_llama_cpp_nor_numpy_nor_what_peering_needs() -
 import importlib, sys
 for name in {names!r}:
     importlib.import_module(name)
-unwanted = {{"llama_cpp", "numpy", "iroh", "segno", "zeroconf"}}
+unwanted = {{"llama_cpp", "numpy", "iroh", "pynvml", "segno", "zeroconf"}}
 print(*sorted(unwanted & {{name.split(".")[0] for name in sys.modules}}))
 print(*sorted(name for name in sys.modules if name.startswith("pinaivu_box.engine.")))
 """
@@ -211,6 +232,29 @@ def test_version_loads_nothing_heavy() -> None:
     top = {name.split(".")[0] for name in loaded}
     heavy = {"starlette", "msgspec", "aiosqlite", "httpx", "hypercorn", "rich", "nacl", "numpy"}
     assert not top & (heavy | {"iroh", "segno", "zeroconf"})
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        (
+            ("cli.main", "cli.serve", "box", "server.serve"),
+            ("httpx", "rich", "jinja2", "markdown_it", "pygments", "authlib", "joserfc"),
+        ),
+        (("__main__", "sandbox", "models.header_reader"), ("click", "asyncio", "subprocess")),
+    ],
+)
+def test_a_start_loads_nothing_that_can_wait(
+    modules: tuple[str, ...], unwanted: tuple[str, ...]
+) -> None:
+    """What the first page, pull or upstream of a box needs comes with it; a sandbox, of which every
+    box starts some, needs no command line and no event loop."""
+    code = f"import sys, {', '.join(f'{PACKAGE}.{name}' for name in modules)}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert PACKAGE in loaded and not loaded & set(unwanted)
 
 
 TEST_PROGRAMS = [path for path in (ROOT / "tests").rglob("*") if path.suffix in ("", ".py")]

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import pty
-import random
 import re
 import socket
 import struct
@@ -28,9 +27,11 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor import models as doctor
 from pinaivu_box.models import folder_scan as folders
 from pinaivu_box.models import gguf
-from pinaivu_box.models.gguf import BadGguf, read_header
+from pinaivu_box.models.gguf import read_header
+from pinaivu_box.models.gguf_bytes import BadGguf
+from pinaivu_box.models.layer_caches import LayerCache
 from pinaivu_box.sandbox import Sandbox, SandboxLimits
-from tests.support import gguf_files
+from tests.support import gguf_files, mutated_headers
 from tests.support.gguf_files import (
     array,
     header,
@@ -52,6 +53,7 @@ from tests.support.process_box import (
     environment,
 )
 from tests.support.sandbox_jobs import pid_of
+from tests.support.vocabulary_loader import MAX_BYTES, VocabularyLoader
 
 FAKE = "slow:1"
 CONTEXT = "llama.context_length"
@@ -182,41 +184,31 @@ def test_headers_that_lie_are_named_and_stop_no_other(models: Path) -> None:
     assert not reasons and "Traceback" not in done.stderr and "\x1b" not in done.stderr
 
 
-def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
-    """200 of them in one child, which lives: each is a header with plausible values, or named."""
-    real = gguf_files.Real.read()
-    small = [one for one in real.tensors if len(one[1]) < 4096]
-    data = real.written(real.keys, small)
-    end = len(data) - sum(len(content) for _, content in small)
-    draw = random.Random(14)
+def test_mutated_headers_never_harm_the_reader_nor_llama_cpp(tmp_path: Path) -> None:
+    """200 of them, each in the reader's child, which lives, and in one of llama.cpp: each is a
+    header with plausible values, or named."""
     file = tmp_path / "model.gguf"
     counts: dict[str, int] = {}
     limits = SandboxLimits(cpu_seconds=20.0, memory_bytes=256 * 1024 * 1024, wall_seconds=300.0)
     sandbox = Sandbox("pinaivu_box.models.header_reader:make", limits=limits)
-    # Most bytes of a header are words of the vocabulary: what counts and lengths say is elsewhere.
-    begin = end - 6000
     try:
         sandbox.start()
         child = pid_of(sandbox)
-        for _ in range(200):
-            mutated = bytearray(data)
-            for _ in range(draw.randint(1, 4)):
-                where = draw.choice((draw.randrange(2000), draw.randrange(begin, end)))
-                size = draw.choice((1, 1, 4, 8))
-                mutated[where : where + size] = draw.choice(
-                    (draw.randbytes(size), b"\xff" * size, bytes(size))
-                )
-            if draw.random() < 0.1:
-                del mutated[draw.randrange(len(mutated)) :]
-            file.write_bytes(mutated)
-            made, bad, error = msgspec.msgpack.decode(sandbox.run(os.fsencode(file)))
-            assert not error and bool(made) != bool(bad)
-            assert bad == bad.strip() and bad.isprintable()
-            if made:
-                assert 1 <= made["context_length"] < 2**31
-                assert 0 <= made["kv_bytes_per_token"] < 2**63
-            kind = re.sub(r"[^a-z ]+.*", "", bad)[:30]
-            counts[kind] = counts.get(kind, 0) + 1
+        with VocabularyLoader() as loader:
+            for data in mutated_headers.mutated(200, seed=14):
+                file.write_bytes(data)
+                made, bad, error = msgspec.msgpack.decode(sandbox.run(os.fsencode(file)))
+                assert not error and bool(made) != bool(bad)
+                assert bad == bad.strip() and bad.isprintable()
+                if made:
+                    assert 1 <= made["context_length"] < 2**31
+                    assert all(0 <= size < 2**63 for size in made["layer_bytes"])
+                    assert 0 <= made["input_bytes"] + made["output_bytes"] < 2**63
+                kind = re.sub(r"[^a-z ]+.*", "", bad)[:30]
+                counts[kind] = counts.get(kind, 0) + 1
+                loader.load(file)
+            # llama.cpp may abort on a few: that ends its process, and no other.
+            assert loader.deaths <= 10 and loader.peak < MAX_BYTES
         assert pid_of(sandbox) == child
     finally:
         sandbox.close()
@@ -237,7 +229,7 @@ def test_the_real_model_ends_where_its_tensors_do(tmp_path: Path) -> None:
     file.write_bytes(real.written(real.keys))
     whole = read_header(file)
     assert (whole.architecture, whole.tensors) == ("llama", len(real.tensors))
-    assert (whole.context_length, whole.kv_bytes_per_token) == (8192, 30 * 3 * 128 * 2)
+    assert (whole.context_length, whole.caches) == (8192, (LayerCache(192, 192),) * 30)
     os.truncate(file, file.stat().st_size - gguf_files.ALIGNMENT)
     with pytest.raises(BadGguf, match=r"it is incomplete: it has .* bytes, and its tensors end at"):
         read_header(file)

@@ -236,7 +236,7 @@ def test_a_large_folder_takes_a_small_part_of_the_time(
 @pytest.mark.parametrize("count", [1, 9, 100, 10_000])
 def test_the_banner_names_the_models_that_fit_some_lines(count: int) -> None:
     names = [f"model-{number}:latest" for number in range(count)]
-    shown = banner("127.0.0.1", 4001, Path("/home"), names, None)
+    shown = banner("http://localhost:4001", Path("/home"), names, None)
     models = shown.split("  Models    ")[1].split("\n  Home")[0]
     lines = models.splitlines()
     assert len(lines) <= 5 and all(len(line) <= 80 - 12 + 12 for line in lines)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.process_box import MODEL, Box
+from tests.support.process_box import MODEL, Box, wait_until
 
 FAKE = "fake:1"
 USER = {"role": "user", "content": "Say hello."}
@@ -84,6 +84,44 @@ def test_a_request_without_a_prompt_loads_the_model(fake_box: Box) -> None:
     assert FAKE in [model["name"] for model in fake_box.http("GET", "/api/ps").json()["models"]]
 
 
+def loaded(box: Box) -> list[str]:
+    return [model["name"] for model in box.http("GET", "/api/ps").json()["models"]]
+
+
+@pytest.mark.parametrize("path", ["generate", "chat"])
+def test_a_request_without_a_prompt_that_keeps_a_model_for_no_time_unloads_it(
+    fake_box: Box, path: str
+) -> None:
+    post(fake_box, path, keep_alive="1h")
+    assert FAKE in loaded(fake_box)
+    answer = post(fake_box, path, keep_alive=0)
+    assert (answer["done"], answer["done_reason"]) == (True, "unload")
+    assert FAKE not in loaded(fake_box)
+    assert post(fake_box, path, keep_alive="0")["done_reason"] == "unload"  # and loads nothing
+    assert FAKE not in loaded(fake_box)
+
+
+def test_a_key_unloads_for_itself_alone(fake_box: Box) -> None:
+    body = {"account": "owner", "name": "plain"}
+    plain = fake_box.http("POST", "/v1/admin/keys", json=body).json()["key"]
+
+    def ask(keep_alive: object, key: str | None = None) -> None:
+        body = {"model": FAKE, "stream": False, "keep_alive": keep_alive}
+        done = fake_box.http("POST", "/api/generate", key=key, json=body)
+        assert done.status_code == 200, done.text
+
+    ask("1h")
+    ask("1h", plain)
+    ask(0, plain)
+    post(fake_box, "generate", prompt="hi", options={"num_predict": 1}, keep_alive="1h")
+    assert FAKE in loaded(fake_box)
+    ask(0)
+    assert FAKE not in loaded(fake_box)
+    ask("1h", plain)
+    ask(0, plain)
+    wait_until(lambda: FAKE not in loaded(fake_box), "nobody else wants it")
+
+
 def test_an_answer_keeps_to_a_schema(box: Box) -> None:
     schema = {
         "type": "object",
@@ -142,6 +180,7 @@ def test_texts_have_vectors_of_the_length_that_is_asked_for(box: Box) -> None:
 
 
 def test_the_models_are_listed_and_described(box: Box) -> None:
+    post(box, "embed", model=MODEL, input="a cat")  # a file's digest is known once it was used
     (model,) = [
         model for model in box.http("GET", "/api/tags").json()["models"] if model["name"] == MODEL
     ]

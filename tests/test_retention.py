@@ -301,6 +301,32 @@ def test_rows_stay_while_the_clock_is_not_trusted(tmp_path: Path) -> None:
     assert [names(path, table) for table in tables] == [[]] * 3
 
 
+def test_a_clock_that_is_ahead_takes_no_times_to_the_first_token(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    new_database(path)
+
+    def hours() -> list[int]:
+        with sqlite3.connect(path) as database:
+            return sorted({row[0] for row in rows_of(database, "latencies_by_hour")})
+
+    def request(number: int) -> None:
+        with sqlite3.connect(path) as database:
+            insert_request(database, f"req_{number}", MONDAY + number * DAY)
+
+    for day in range(7):
+        request(day)
+        asyncio.run(look(path, MONDAY + day * DAY))
+    week = [MONDAY + day * DAY for day in range(7)]
+    assert hours() == week
+    request(371)
+    asyncio.run(look(path, MONDAY + 371 * DAY))
+    request(7)
+    asyncio.run(look(path, MONDAY + 7 * DAY))
+    assert hours() == [*week, MONDAY + 7 * DAY, MONDAY + 371 * DAY]
+    asyncio.run(look(path, MONDAY + 7 * DAY + HOUR))
+    assert hours() == [*week[1:], MONDAY + 7 * DAY, MONDAY + 371 * DAY]
+
+
 def test_rows_dated_by_a_clock_that_was_behind_count_as_new(tmp_path: Path) -> None:
     """A machine without a battery begins in 1970, until it has asked what time it is."""
     path = tmp_path / "box.db"

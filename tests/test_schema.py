@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.store import keys, requests, responses, retention
+from pinaivu_box.store import audit, keys, requests, responses, retention
 from pinaivu_box.store.database import Database, Row
 
 pytestmark = pytest.mark.anyio
 MONDAY = 1_735_516_800_000  # 2024-12-30T00:00:00Z
-BIG = ("keys", "accounts", "requests", "receipts", "responses", "usage", "latencies", "refusals")
+BIG = (
+    "keys", "accounts", "audit", "requests", "receipts", "responses", "usage", "latencies",
+    "refusals",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -94,11 +97,20 @@ async def test_only_the_latest_periods_are_remembered(tmp_path: Path) -> None:
 
 # -- query plans -----------------------------------------------------------------------------------
 
+
+def audit_of(column: str) -> str:
+    only: dict[str, Any] = {"targets": None, "actors": None, f"{column}s": ["key_1"]}
+    dates: dict[str, Any] = {"since": 0, "until": None, "after": 9, "action": None}
+    return audit.listing(**only, **dates, limit=9)[0]
+
+
 PLANNED = {
     "key by secret": keys.FIND,
     "newest keys": keys.LS,
     "newest keys of an account": keys.LS_OF_ACCOUNT,
     "last minute of a key": requests.SINCE,
+    "audit trail of an erased account": audit.forget_names("acct_1", "ada")[0][0],
+    **{f"audit trail of one {column}": audit_of(column) for column in ("target", "actor")},
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
     "responses that ran": responses.FAIL_UNFINISHED,
     **dict(zip(("receipts anew", "responses anew"), retention.NEW_DATES, strict=True)),

@@ -258,7 +258,6 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, path: str) -> None:
         (b'[pricing.models]\n"a:1" = "NaN"\n', "a:1"),
         (b'[log]\nlevel = "loud"\n', "loud"),
         (b'[log]\nformat = "xml"\n', "xml"),
-        (b'[[model]]\nname = "a:1"\n', "path"),
         (b'[[model]]\nname = "a b"\npath = "fake:1"\n', "a b"),
         (b'[[model]]\nname = "a:1"\npath = "/nowhere.gguf"\n', "/nowhere.gguf"),
         (b'[[model]]\nname = "a:1"\npath = "fake:1"\n' * 2, "a:1"),

@@ -143,11 +143,12 @@ def wrong_in(source: str) -> list[str]:
             and node.args
         ):
             patterns.append(literal(node.args[0]))
-        ascii_only = "re.ASCII" in ast.unparse(node)
+        # Whoever reads prose says that every script is meant.
+        says_which = re.search(r"re\.(ASCII|UNICODE)", ast.unparse(node)) is not None
         for pattern in patterns:
             if re.search(r"(?<!\\)\$|\\Z|\\A", pattern):
                 wrong.append(f"{pattern} ends before a line break, or is Python's alone")
-            if re.search(r"\\[dwb]", pattern, re.IGNORECASE) and not ascii_only:
+            if re.search(r"\\[dwb]", pattern, re.IGNORECASE) and not says_which:
                 wrong.append(f"{pattern} takes every script")
     return wrong
 

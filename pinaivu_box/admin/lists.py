@@ -49,20 +49,38 @@ async def list_accounts(database: Database, *, after: str = "", limit: int) -> A
 
 
 async def list_keys(
-    database: Database, *, account: str | None, after: str | None = None, limit: int
+    database: Database,
+    *,
+    account: str | None,
+    beginning: str = "",
+    usable: bool = False,
+    after: str | None = None,
+    limit: int,
 ) -> KeyList:
-    """The newest keys, of an account (name or id), before the key `after`.  Raises RowNotFound."""
+    """The newest keys, of an account (name or id), before the key `after`; see `keys.ls`.  Raises
+    RowNotFound."""
     account_id = None if account is None else (await accounts.find(database, account)).id
-    stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
+    stored = await keys.ls(
+        database, account_id, beginning=beginning, usable=usable, after=after, limit=limit + 1
+    )
     return page_of(KeyList, [key_view(key) for key in stored], limit)
 
 
 async def list_audit_entries(
-    database: Database, *, since: int, target: str | None, after: int | None = None, limit: int
+    database: Database,
+    *,
+    since: int,
+    until: int | None = None,
+    actor: str | None = None,
+    action: str | None = None,
+    target: str | None,
+    after: int | None = None,
+    limit: int,
 ) -> AuditList:
-    """The newest entries since a time (Unix milliseconds), before the entry `after`.
+    """The newest entries from one time to another (Unix milliseconds), before the entry `after`.
 
-    `target` is a key, an account or a peer, by name or id.
+    `target` is a key, an account or a peer, and `actor` a key or an account, by name or id; see
+    `audit.ls`.
     """
     # Not above: the commands that list keys and accounts start without it.
     from pinaivu_box.membership import peer_names
@@ -71,7 +89,16 @@ async def list_audit_entries(
     if target is not None:
         peers = await peer_names.names(database)
         targets = [target, *(node for node, name in peers.items() if name == target)]
-    entries = await audit.ls(database, since=since, targets=targets, after=after, limit=limit + 1)
+    entries = await audit.ls(
+        database,
+        since=since,
+        until=until,
+        actors=None if actor is None else [actor],
+        action=action,
+        targets=targets,
+        after=after,
+        limit=limit + 1,
+    )
     if any(entry.target.startswith(NODE_PREFIX) for entry in entries):
         peers = await peer_names.names(database)
         entries = [

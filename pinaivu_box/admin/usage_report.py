@@ -175,15 +175,19 @@ def _sums(sums: Sums) -> dict[str, Any]:
 
 
 def _percentiles(counts: Counter[int]) -> Percentiles | None:
-    """By nearest rank: the smallest bound that a share of the requests stays within."""
-    total, below, percentiles = counts.total(), 0, []
-    ranks = [50, 90, 99]
+    known = [value for rank in (50, 90, 99) if (value := percentile(counts, rank)) is not None]
+    return Percentiles(*known) if known else None
+
+
+def percentile(counts: Counter[int], rank: int) -> int | None:
+    """By nearest rank: the smallest bound that `rank` of 100 requests stay within; None if there
+    are none."""
+    total, below = counts.total(), 0
     for bound, count in sorted(counts.items()):
         below += count
-        while ranks and below * 100 >= ranks[0] * total:
-            percentiles.append(bound)
-            ranks.pop(0)
-    return Percentiles(*percentiles) if percentiles else None
+        if below * 100 >= rank * total:
+            return bound
+    return None
 
 
 def parse_day(text: str) -> int:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.config import PricingConfig
+from pinaivu_box.config import Config
 from pinaivu_box.policy import UNPRICED, Policy, free_of_charge
 from pinaivu_box.store.accounts import Account, Role
 from pinaivu_box.store.keys import Key
@@ -81,9 +81,9 @@ def new_key_view(key: Key, secret: str) -> NewKey:
     return NewKey(**_fields(key), key=secret)
 
 
-def warning(policy: Policy, pricing: PricingConfig) -> str | None:
+def warning(policy: Policy, config: Config) -> str | None:
     """What a key's owner should know of its settings: its budget limits nothing."""
-    without_effect = policy.budget is not None and free_of_charge(policy, pricing)
+    without_effect = policy.budget is not None and free_of_charge(policy, config)
     return UNPRICED if without_effect else None
 
 

@@ -6,6 +6,8 @@ The file is a tar archive, which `tar tvf` lists, with these members in this ord
     manifest.sha256   the manifest's own, as `sha256sum` writes it
     identity.key      without it the restored box would be another node
     config.toml       if the home has one
+    aliases.json      if aliases of models were made
+    model_settings.json  if settings of models were set
     pinaivu.db        a snapshot by SQLite's online backup
 
 Every header is exactly what `archive` would write for that name and size, and the archive ends

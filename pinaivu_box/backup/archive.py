@@ -12,9 +12,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.backup.sealed import BadBackup, Sealer, Unsealer
+from pinaivu_box.models import aliases, overrides
 
 FORMAT = 1
 IDENTITY, CONFIG, DATABASE = "identity.key", "config.toml", "pinaivu.db"
+# What a home may have, in this order, and what it must have.
+NAMES = (IDENTITY, CONFIG, aliases.FILE_NAME, overrides.FILE_NAME, DATABASE)
+_REQUIRED = {IDENTITY, DATABASE}
 _MANIFEST, _DIGEST = "manifest.json", "manifest.sha256"
 _BLOCK = 512
 _PIECE = 1 << 20
@@ -85,7 +89,7 @@ def read_manifest(source: Source) -> Manifest:
     if manifest.format > FORMAT:
         raise BadBackup("it was created by a newer Pinaivu Box: update the program")
     names = [part.name for part in manifest.parts]
-    if names not in ([IDENTITY, DATABASE], [IDENTITY, CONFIG, DATABASE]):
+    if names != [name for name in NAMES if name in names] or not _REQUIRED.issubset(names):
         raise BadBackup(f"it contains {', '.join(names) or 'nothing'}, which is not a home")
     return manifest
 

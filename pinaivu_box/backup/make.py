@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from pinaivu_box import __version__, identity
 from pinaivu_box.backup import archive
-from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest, OpenFile
+from pinaivu_box.backup.archive import DATABASE, IDENTITY, NAMES, Manifest, OpenFile
 from pinaivu_box.backup.sealed import BadBackup, Sealer, Unsealer
 from pinaivu_box.errors import CliError
 from pinaivu_box.store import integrity
@@ -58,7 +58,7 @@ def _refuse(home: Path, file: Path, force: bool) -> None:
         )
     if file.exists() and not file.is_file():
         raise CliError(f"{file} is no ordinary file: name another to write.")
-    if file.resolve() in [(home / name).resolve() for name in (DATABASE, IDENTITY, CONFIG)]:
+    if file.resolve() in [(home / name).resolve() for name in NAMES]:
         raise CliError(f"{file} is what is to be backed up: name another file.")
     if file.exists() and not force:
         raise CliError(f"{file} exists already: choose another name, or pass --force.")
@@ -88,10 +88,13 @@ def _workspace(home: Path) -> Iterator[Path]:
 def _collect(home: Path, copy: Path) -> tuple[Manifest, dict[str, OpenFile]]:
     """The manifest, and an open file for each of its parts."""
     integrity.copy(home / DATABASE, copy)
+    integrity.without_sessions(copy)
     schema = integrity.check(copy, f"The database of {home}", alone=True)
-    files: dict[str, OpenFile] = {IDENTITY: io.BytesIO((home / IDENTITY).read_bytes())}
-    if (home / CONFIG).exists():
-        files[CONFIG] = io.BytesIO((home / CONFIG).read_bytes())
+    files: dict[str, OpenFile] = {
+        name: io.BytesIO((home / name).read_bytes())
+        for name in NAMES
+        if name != DATABASE and (home / name).exists()
+    }
     files[DATABASE] = copy.open("rb")
     manifest = Manifest(
         version=__version__,

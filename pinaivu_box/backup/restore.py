@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from pinaivu_box import identity
 from pinaivu_box.backup import archive
-from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest, Source
+from pinaivu_box.backup.archive import DATABASE, IDENTITY, NAMES, Manifest, Source
 from pinaivu_box.backup.make import sync
 from pinaivu_box.backup.sealed import MAGIC, BadBackup, Unsealer
 from pinaivu_box.errors import CliError, DatabaseUnusable
@@ -32,6 +32,7 @@ from pinaivu_box.store.schema import CURRENT
 from pinaivu_box.text import megabytes
 
 STAGING, READY = "restore.new", "restore.ready"
+_MOVED = (DATABASE, *(name for name in NAMES if name != DATABASE))
 _OLD = "old"
 # Files that are replaced together: a WAL must never be used with another database.
 _COMPANIONS = {DATABASE: (f"{DATABASE}-wal", f"{DATABASE}-shm")}
@@ -96,7 +97,7 @@ def _source(file: BinaryIO, passphrase: Callable[[], str]) -> Source:
 
 
 def _refuse_occupied(home: Path, force: bool) -> None:
-    existing = [name for name in (DATABASE, IDENTITY, CONFIG) if (home / name).exists()]
+    existing = [name for name in _MOVED if (home / name).exists()]
     if existing and not force:
         raise CliError(
             f"There is already a box in {home} ({', '.join(existing)}): choose another --home, or "
@@ -148,7 +149,7 @@ def _finish(home: Path) -> Path | None:
         return None
     old = ready / _OLD
     old.mkdir(mode=0o700, exist_ok=True)
-    for name in (DATABASE, IDENTITY, CONFIG):
+    for name in _MOVED:
         if not (ready / name).exists():
             continue  # in place already, or not in this backup
         # The new file is not in place yet, so the one with its name is the old one.

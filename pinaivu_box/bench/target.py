@@ -32,9 +32,18 @@ class Target(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(
-        cls, url: str, *, key: str = "", model: str = "", fields: dict[str, Any] | None = None
+        cls,
+        url: str,
+        *,
+        key: str = "",
+        model: str = "",
+        fields: dict[str, Any] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> Target:
-        """`http://host:port`, its `/v1`, or the whole address of its chat completions."""
+        """`http://host:port`, its `/v1`, or the whole address of its chat completions.
+
+        `tls` verifies the server, if not the system's authorities are to do so.
+        """
         try:
             parts = urlsplit(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -47,7 +56,7 @@ class Target(msgspec.Struct, frozen=True):
             url=url,
             host=parts.hostname,
             port=port,
-            tls=ssl.create_default_context() if parts.scheme == "https" else None,
+            tls=(tls or ssl.create_default_context()) if parts.scheme == "https" else None,
             path=path if path.endswith(CHAT) else path + CHAT,
             key=key,
             model=model,

@@ -20,8 +20,10 @@ from pinaivu_box.bench.run import RunPlan, Tenant
 from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.workload import Lengths, Workload
 from pinaivu_box.cli.call import Call
+from pinaivu_box.cli.client import own_server_context
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_json, print_table
+from pinaivu_box.config import default_home
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
 
@@ -197,7 +199,13 @@ def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
     }
     common = {name: value for name, value in sampling.items() if value is not None}
     return [
-        Target.parse(url, key=keys[n], model=models[n] or "", fields={**common, **bodies[n]})
+        Target.parse(
+            url,
+            key=keys[n],
+            model=models[n] or "",
+            fields={**common, **bodies[n]},
+            tls=own_server_context(default_home(), url),
+        )
         for n, url in enumerate(urls)
     ]
 

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from pinaivu_box.cli.call import Call
 from pinaivu_box.errors import CliError, NotRunning
+from pinaivu_box.tls.pinned import context_for, pinned_context
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 _CONNECT_SECONDS = 10.0
@@ -40,6 +43,41 @@ def write_running(home: Path, running: Running) -> None:
         file.write(msgspec.json.encode(running))
 
 
+def running_on(home: Path) -> Running | None:
+    """What `run.json` says of the server that runs on this home, or did when it was killed."""
+    try:
+        return msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def answers(home: Path, url: str) -> bool:
+    """Whether the server of that home answers there."""
+    import httpx
+
+    try:
+        verify = context_for(home, url)
+        answer = httpx.get(
+            f"{url}/health", timeout=_CONNECT_SECONDS, trust_env=False, verify=verify
+        )
+    except (httpx.HTTPError, NotRunning):
+        return False
+    return answer.is_success
+
+
+def own_server_context(home: Path, url: str) -> ssl.SSLContext | None:
+    """What verifies the server of this home, if the URL leads to it on this machine over TLS."""
+    running = running_on(home)
+    try:
+        parts, own = urlsplit(url), urlsplit(running.url if running else "")
+        here = parts.hostname in (own.hostname, "localhost", "127.0.0.1", "::1")
+        if not here or (parts.scheme, parts.port) != ("https", own.port):
+            return None
+        return pinned_context(home)
+    except (ValueError, NotRunning):
+        return None
+
+
 def path_of(collection: str, name: str) -> str:
     """The path of one item of a collection."""
     return f"{collection}/{quote(name, safe='')}"
@@ -52,8 +90,15 @@ def request(
 
     Raises NotRunning, CliError if the server refuses.
     """
+    import httpx
+
     with _client(home, seconds) as client:
-        return _content(client.request(method, path, json=body))
+        try:
+            return _content(client.request(method, path, json=body))
+        except httpx.ReadTimeout as error:
+            raise CliError(
+                f"The box has not answered for {seconds:g} s: what was asked may still be done."
+            ) from error
 
 
 def stream(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
@@ -75,9 +120,16 @@ def stream(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
 
 
 def request_or_open(
-    call: Call, path: str, *, method: str, body: Any, needs_peering: str = ""
+    call: Call,
+    path: str,
+    *,
+    method: str,
+    body: Any,
+    peering: bool = True,
+    needs_peering: str = "",
 ) -> Any:
-    """As `request`; if no server runs, the box is opened for this request, with peering on.
+    """As `request`; if no server runs, the box is opened for this request, with `peering` or
+    without.
 
     `needs_peering` is the error if the configuration has peering off.  Raises CliError.
     """
@@ -86,16 +138,16 @@ def request_or_open(
     except NotRunning:
         if needs_peering and not call.config().peering.enabled:
             raise CliError(needs_peering) from None
-        return asyncio.run(_request_opened(call, path, method, body))
+        return asyncio.run(_request_opened(call, path, method, body, peering))
 
 
-async def _request_opened(call: Call, path: str, method: str, body: Any) -> Any:
+async def _request_opened(call: Call, path: str, method: str, body: Any, peering: bool) -> Any:
     import httpx
 
     from pinaivu_box.box import open_box
     from pinaivu_box.server.app import create_app
 
-    load = partial(call.config, overrides={("peering", "enabled"): True})
+    load = partial(call.config, overrides={("peering", "enabled"): peering})
     async with (
         open_box(load, call.home) as box,
         httpx.AsyncClient(
@@ -116,17 +168,20 @@ def _client(home: Path, seconds: float) -> Iterator[httpx.Client]:
     """
     import httpx
 
+    message = f"No box is running on {home}: start one with 'pinaivu serve'."
+    running = running_on(home)
+    if running is None:
+        raise NotRunning(message)
     try:
-        running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
         with httpx.Client(
             base_url=running.url,
             headers=_headers(running.token),
             timeout=httpx.Timeout(_CONNECT_SECONDS, read=seconds),
             trust_env=False,  # the server is on this machine: no proxy
+            verify=context_for(home, running.url),
         ) as client:
             yield client
     except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
-        message = f"No box is running on {home}: start one with 'pinaivu serve'."
         raise NotRunning(message) from error
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import click
 
 
@@ -18,6 +16,8 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def _hint(self, ctx: click.Context, name: str) -> str:
+        import difflib
+
         commands = self.list_commands(ctx)
         similar = difflib.get_close_matches(name.lower(), commands, n=2, cutoff=0.6)
         suggestions = [*self._subcommands(ctx, name), *similar][:3]

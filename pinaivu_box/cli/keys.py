@@ -16,7 +16,7 @@ from pinaivu_box.cli.key_options import add_policy_options, expiry, with_options
 from pinaivu_box.cli.options import NONE, all_option, standard_options
 from pinaivu_box.cli.render import Column, print_fields, print_json, time_text
 from pinaivu_box.errors import CliError, InvalidValue, NotRunning, RowNotFound, UsageError
-from pinaivu_box.policy import SCOPES, Policy
+from pinaivu_box.policy import ADMIN_SCOPES, Policy
 
 _PATH = "/v1/admin/keys"
 
@@ -39,7 +39,7 @@ _COLUMNS = (
     Column("ID", attrgetter("id"), drop=1),
     Column("NAME", lambda key: key.name + (" (admin)" if key.admin else "")),
     Column("ACCOUNT", attrgetter("account"), drop=6),
-    Column("KEY", lambda key: f"{key.prefix}…{key.last_four}"),
+    Column("KEY", lambda key: f"{key.prefix}…{key.last_four}" if key.prefix else "-"),
     Column("STATE", attrgetter("state")),
     Column("EXPIRES", lambda key: time_text(key.expires_at, "never")),
     Column("LIMITS", _limits, drop=5),
@@ -99,7 +99,7 @@ def create(
         raise UsageError("--from takes the names from the file: remove --name.")
     if create_account and account is None and source is None:
         raise UsageError("--create-account needs --account, which names the account.")
-    policy = with_options(Policy(scopes=SCOPES) if admin else Policy(), settings)
+    policy = with_options(Policy(scopes=ADMIN_SCOPES) if admin else Policy(), settings)
     if source is None:
         numbered = [(0, Draft(name, account, policy, expiry(expires)))]
     else:
@@ -273,10 +273,10 @@ def _warn(call: Call, *policies: Policy) -> None:
     from pinaivu_box.admin.views import warning
 
     try:
-        pricing = call.config().pricing
+        config = call.config()
     except CliError:  # the server will not start with this file either, and says why
         return
-    for text in {text for policy in policies if (text := warning(policy, pricing))}:
+    for text in {text for policy in policies if (text := warning(policy, config))}:
         click.echo(f"warning: {text}", err=True)
 
 

@@ -24,17 +24,23 @@ COMMANDS = {
     "ledger": ("ledger:ledger", "Show and settle what peers owe each other."),
     "id": ("identity:show", "Print the public key that verifies this box's receipts."),
     "receipts": ("receipts:receipts", "Show and verify receipts."),
-    "ls": ("models:ls", "List the models that this box can serve."),
-    "pull": ("models:pull", "Download a model."),
-    "search": ("models:search", "List models that are known to work."),
-    "ps": ("models:ps", "List the engines of the running box."),
+    "run": ("run:run", "Chat with a model in the terminal."),
+    "ls": ("ls:ls", "List the models that this box can serve."),
+    "pull": ("pull:pull", "Download a model."),
+    "search": ("search:search", "List models that are known to work, or search the Hub."),
+    "show": ("show:show", "Show what is known of a model."),
+    "set": ("set:set_", "Set a model's default parameters."),
+    "cp": ("cp:cp", "Give a model another name."),
+    "rm": ("rm:rm", "Delete models, or other names of them."),
+    "stop": ("stop:stop", "Unload models from memory."),
+    "ps": ("ps:ps", "List the engines of the running box."),
+    "upstreams": ("upstreams:upstreams", "List the other servers that serve its models."),
     "backup": ("backup:backup", "Back up the box into one file."),
     "restore": ("backup:restore", "Restore a backup."),
     "doctor": ("doctor:doctor", "Check the box and its machine."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
-    "engine": ("children:engine", ""),
-    "sandbox": ("children:sandbox", ""),
+    "chat-server": ("serve:chat_server", ""),
 }
 
 
@@ -64,6 +70,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command; an error for users is one line on stderr, never a traceback."""
+    # httpx tries to load a command line of its own, and with it Rich: it does without.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     try:
         cli.main(prog_name="pinaivu", standalone_mode=False)
     except BoxError as error:

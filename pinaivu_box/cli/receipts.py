@@ -74,14 +74,12 @@ def verify(
     FILE is the answer of GET /v1/receipts/{request_id} ('-': standard input); ID is a request id,
     whose receipt is read from the database in HOME.  Exits with 1 if a check fails.
     """
-    from pinaivu_box.receipts.verify import verify_receipt
+    from pinaivu_box.receipts.verify import usual_stop, verify_receipt
 
     trusted = None if node_key is None else _node_key(node_key)
-    checks = verify_receipt(
-        _document(call, file_or_id),
-        node_key=trusted,
-        transcript=_transcript(request_file, answer),
-    )
+    document = _document(call, file_or_id)
+    transcript = _transcript(request_file, answer, usual_stop(document))
+    checks = verify_receipt(document, node_key=trusted, transcript=transcript)
     if call.as_json:
         print_json(checks)
     else:
@@ -132,20 +130,21 @@ def _from_database(call: Call, request_id: str) -> bytes:
     return msgspec.json.encode(view(receipt.signed, receipt.signature, receipt.opening))
 
 
-def _transcript(request_file: Path | None, answer: Path | None) -> Any:
+def _transcript(request_file: Path | None, answer: Path | None, stop: list[str]) -> Any:
     from pinaivu_box.receipts.verify import Transcript
 
     if request_file is None and answer is None:
         return None
-    transcript = Transcript() if request_file is None else _request(request_file.read_bytes())
+    transcript = Transcript() if request_file is None else _request(request_file.read_bytes(), stop)
     return msgspec.structs.replace(transcript, answer=answer and answer.read_bytes())
 
 
-def _request(data: bytes) -> Any:
+def _request(data: bytes, usual_stop: list[str]) -> Any:
     """The transcript of a request's body, without an answer."""
     from pinaivu_box.openai.completions import CompletionRequest
     from pinaivu_box.openai.decoding import decode
     from pinaivu_box.openai.embeddings import EmbeddingRequest
+    from pinaivu_box.openai.images import read_all
     from pinaivu_box.openai.request import normalise, stop_strings, texts_or_tokens
     from pinaivu_box.openai.types import ChatRequest
     from pinaivu_box.receipts.commitment import prompt_text
@@ -163,13 +162,13 @@ def _request(data: bytes) -> Any:
     if "prompt" in fields and "messages" not in fields:
         completion, _ = decode(data, CompletionRequest)
         asked_for = texts_or_tokens(completion.prompt, "prompt", len(data))
-        stop = stop_strings(completion.stop)
+        stop = stop_strings(completion.stop) or usual_stop
         more = {"suffix": completion.suffix} if completion.suffix else {}
         prompts = [prompt_text([], stop, prompt=[prompt], **more) for prompt in asked_for]
         texts = [text for text in asked_for if isinstance(text, str)] if completion.echo else []
         echoed = [text for text in texts for _ in range(completion.n or 1)]
         return Transcript(prompts=prompts, echoed=echoed)
     chat, _ = decode(data, ChatRequest)
-    return Transcript(
-        [prompt_text(normalise(chat.messages), stop_strings(chat.stop), **asked(chat))]
-    )
+    stop = stop_strings(chat.stop) or usual_stop
+    messages = read_all(normalise(chat.messages), lambda url: None)
+    return Transcript([prompt_text(messages, stop, **asked(chat))])

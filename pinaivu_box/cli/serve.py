@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import textwrap
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,11 @@ from typing import Any
 import click
 
 from pinaivu_box import __version__
+from pinaivu_box.cli import first_model
+from pinaivu_box.cli.addresses import login_url, url_of
+from pinaivu_box.cli.banner_devices import describe_devices
 from pinaivu_box.cli.call import Call
+from pinaivu_box.cli.chat.server import KEY_NAME
 from pinaivu_box.cli.client import Running, write_running
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
@@ -53,7 +59,28 @@ def serve(call: Call, models: tuple[str, ...], **options: Any) -> None:
     call = Call(call.home.expanduser().absolute(), call.config_file and call.config_file.absolute())
     extra = [_model(text) for text in models]
     load = partial(call.config, overrides=overrides, extra_models=extra)
-    asyncio.run(_serve(load, call.home))
+    wanted = first_model.offer(load(), call.home)
+    asyncio.run(_serve(load, call.home, wanted=wanted))
+
+
+@click.command("chat-server", hidden=True)
+@standard_options(json=False, config=True)
+def chat_server(call: Call) -> None:
+    """Serve the API on a free port of this machine until standard input ends: a child process of a
+    chat in the terminal, which has a key already."""
+    load = partial(
+        call.config,
+        overrides={("server", "host"): "127.0.0.1", ("server", "port"): 0},
+    )
+    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    asyncio.run(_serve(load, call.home, first_key=False))
+
+
+def _stop_at_end_of_input() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _model(text: str) -> ModelConfig:
@@ -63,8 +90,11 @@ def _model(text: str) -> ModelConfig:
     return ModelConfig(name=name, path=path)
 
 
-async def _serve(load: Callable[[], Config], home: Path) -> None:
-    from pinaivu_box import logs
+async def _serve(
+    load: Callable[[], Config], home: Path, *, first_key: bool = True, wanted: str = ""
+) -> None:
+    """`wanted` is a model to pull before."""
+    from pinaivu_box import logs, startup
     from pinaivu_box.box import not_served_in, open_box
     from pinaivu_box.server.serve import bind
     from pinaivu_box.server.serve import serve as serve_box
@@ -75,11 +105,16 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
     listener = bind(config.server.host, config.server.port)
     try:
         async with open_box(load, home) as box:
+            if wanted:
+                await first_model.pull(box, wanted)
             port = listener.getsockname()[1]
-            secret = await _first_key(box.database)
+            secret = await _first_key(box.database) if first_key else None
+            link = await _first_link(box, login_url(config.server, port)) if first_key else ""
+            devices = await describe_devices(box.devices)
 
             def started() -> None:
-                local = _url(config.server.host, port, to_print=False)
+                startup.end()
+                local = url_of(config.server, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
                 not_served = not_served_in(box.catalog)
                 for file in not_served[:_MAX_NOT_SERVED]:
@@ -88,7 +123,19 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
                     text = f"pinaivu: {more} more files are not served: see 'pinaivu ls'."
                     click.echo(text, err=True)
                 names = [model.id for model in box.catalog.models]
-                click.echo(banner(config.server.host, port, home, names, secret))
+                certificate = box.settings.current.certificate
+                click.echo(
+                    banner(
+                        url_of(config.server, port),
+                        home,
+                        names,
+                        secret,
+                        devices,
+                        fingerprint=certificate.fingerprint if certificate else "",
+                        self_signed=certificate.cert if certificate and config.server.tls else None,
+                        link=link,
+                    )
+                )
 
             try:
                 await serve_box(box, listener, started, _stopping)
@@ -115,50 +162,63 @@ def _say(text: str) -> None:
             os.write(2, f"{text}\n".encode())
 
 
+async def _first_link(box: Any, url: str) -> str:
+    """The link for the first login, to print; "" where an admin can log in already, or where the
+    output is no terminal: it would stay in a log."""
+    from pinaivu_box.store import accounts, login_links
+    from pinaivu_box.store.audit import BOX
+
+    if not os.isatty(1) or await accounts.admin_can_log_in(box.database):
+        return ""
+    owner = await accounts.find(box.database, accounts.OWNER)
+    _, token = await login_links.create(box.database, owner, BOX)
+    return f"{url}/login/link/{token}"
+
+
 async def _first_key(database: Any) -> str | None:
-    from pinaivu_box.policy import SCOPES, Policy
+    from pinaivu_box.policy import ADMIN_SCOPES, Policy
     from pinaivu_box.store import accounts, keys, new_keys
     from pinaivu_box.store.audit import Actor
 
-    if await keys.exist(database):
+    if await keys.exist(database, beside=KEY_NAME):
         return None
-    draft = new_keys.Draft("first key", accounts.OWNER, Policy(scopes=SCOPES))
+    draft = new_keys.Draft("first key", accounts.OWNER, Policy(scopes=ADMIN_SCOPES))
     _, secret = await new_keys.create(database, draft, Actor("first start", "local"))
     return secret
 
 
-def _url(host: str, port: int, *, to_print: bool = True) -> str:
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        host = (_lan_address() if to_print else None) or "localhost"
-    elif host == "127.0.0.1" and to_print:
-        host = "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _lan_address() -> str | None:
-    """The address of this machine on the network; connecting a UDP socket sends nothing."""
-    import socket
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
-
-
-def banner(host: str, port: int, home: Path, models: list[str], secret: str | None) -> str:
-    base = _url(host, port) + "/v1"
+def banner(
+    url: str,
+    home: Path,
+    models: list[str],
+    secret: str | None,
+    devices: str = "",
+    *,
+    fingerprint: str = "",
+    self_signed: Path | None = None,
+    link: str = "",
+) -> str:
+    """`fingerprint` is that of the certificate, empty without TLS; `self_signed` the file of one
+    that the box has made, which no client knows by itself; `link` the one-time link for the first
+    login."""
+    base = url + "/v1"
     key = secret or "$PINAIVU_API_KEY"
+    device_line = f"\n  Devices   {devices}" if devices else ""
     key_line = f"\n  API key   {secret}   (shown only once: store it now)" if secret else ""
     python_key = f'"{secret}"' if secret else 'os.environ["PINAIVU_API_KEY"]'
+    tls_line = ""
+    if self_signed is not None:
+        tls_line = f"\n  TLS       clients need {self_signed} (curl --cacert, SSL_CERT_FILE)"
+    if fingerprint:  # in two lines, as it has 95 characters
+        tls_line += f"\n  SHA-256   {fingerprint[:47]}\n            {fingerprint[48:]}"
+    link_line = f"\n  Log in    {link}   (works once, for 15 minutes)" if link else ""
     imports = "" if secret else "    import os\n"
     model = models[0] if models else "MODEL"
     return f"""Pinaivu Box {__version__}
 
-  Base URL  {base}{key_line}
+  Base URL  {base}{tls_line}{key_line}{link_line}
   Models    {_listed(models) or f"none: put a GGUF file into {home / 'models'}"}
-  Home      {home}
+  Home      {home}{device_line}
 
 Try it with curl:
 

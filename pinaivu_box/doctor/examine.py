@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pinaivu_box.config import Config
+from pinaivu_box.doctor import graphics, machine, models, network, relay, upstreams
 from pinaivu_box.doctor import home as homes
-from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
 from pinaivu_box.models import catalog
@@ -33,8 +33,12 @@ def examine(
         ("home", partial(homes.permissions, home)),
         ("disk", partial(machine.disk, home, folder)),
         ("clock", partial(machine.clock, home, time.time())),
+        ("processors", partial(machine.processors, home)),
         ("configuration", lambda: check),
         ("port", partial(machine.port, home, config)),
+        ("TLS", partial(network.tls, config, home)),
+        ("proxies", partial(network.proxies, config)),
+        ("sign-on", partial(network.sign_on, config)),
         ("identity", partial(homes.identity, home)),
         ("database", partial(homes.database, home)),
         ("models", partial(models.files, config, home)),
@@ -42,7 +46,8 @@ def examine(
         ("engine", partial(models.engine, config, home)),
         ("peering", machine.links),
         ("relay", partial(relay.configured, config)),
-        ("GPU", machine.gpu),
+        ("upstream", partial(upstreams.configured, config)),
+        ("GPU", graphics.gpus),
     ]
     for name, examiner in examiners:
         starting(name)

@@ -19,7 +19,14 @@ from pinaivu_box.receipts.receipt import RECEIPT_DOMAIN, Receipt
 from pinaivu_box.store import integrity
 from pinaivu_box.store.schema import CURRENT
 
-_SECRETS = ("identity.key", "pinaivu.db", "pinaivu.db-wal", "pinaivu.db-shm", "run.json")
+_SECRETS = (
+    "identity.key",
+    "pinaivu.db",
+    "pinaivu.db-wal",
+    "pinaivu.db-shm",
+    "run.json",
+    "tls/self-signed.key",
+)
 _LEFT_BEHIND = ("backup.new", "restore.new")
 _RESTORE = "restore a backup: 'pinaivu restore FILE --force'"
 

@@ -1,12 +1,10 @@
-"""Checks of the machine: disk space, clock, port, links and GPU."""
+"""Checks of the machine: disk space, clock, port and links."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,14 +18,18 @@ from nacl.signing import SigningKey
 from pinaivu_box.config import Config
 from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.doctor.home import is_served, newest_receipt
+from pinaivu_box.errors import NotRunning
 from pinaivu_box.identity import Identity
+from pinaivu_box.processors import physical_cores, quota, taken, usable_cores
 from pinaivu_box.server.serve import bind
 from pinaivu_box.text import megabytes, utc_text
+from pinaivu_box.tls.pinned import context_for
 
 _UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
-_NVIDIA = "0x10de"
 _NTP_UNSYNCHRONISED = 0x40  # STA_UNSYNC of adjtimex(2)
 _CLOCK_SLACK = 5.0  # seconds
+_LOOK_SECONDS = 0.5
+_BUSY_SHARE = 0.5  # of the machine's processor time, above which it is busy
 
 
 def disk(home: Path, models: Path) -> Iterator[Check]:
@@ -63,6 +65,23 @@ def clock(home: Path, now: float) -> Check:
         return Check("clock", "warning", finding, "turn on NTP: 'timedatectl set-ntp true'")
     how = "synchronised" if known else "whether it is synchronised is unknown"
     return Check("clock", "ok", f"{utc_text(now)}, {how}")
+
+
+def processors(home: Path) -> Check:
+    """Check how many there are for this box, and whether other programs leave it any time."""
+    cores, limit, share = usable_cores(), quota(), taken(_LOOK_SECONDS)
+    found = f"{cores} core{'s' if cores > 1 else ''} to compute with"
+    if limit < physical_cores():
+        found += f" (the control group allows {limit:g} of {physical_cores()})"
+    if share is None:
+        return Check("processors", "ok", found)
+    found += f", {share:.0%} of the machine's processor time is taken"
+    if is_served(home):
+        return Check("processors", "ok", f"{found}, this box's engines included")
+    if share < _BUSY_SHARE:
+        return Check("processors", "ok", found)
+    todo = "answers are slow beside other programs: end them, or run them with 'nice -n 19'"
+    return Check("processors", "warning", found, todo)
 
 
 class _Timex(ctypes.Structure):
@@ -104,8 +123,9 @@ def _server(home: Path) -> Check:
     try:
         run = msgspec.json.decode((home / "run.json").read_bytes(), type=dict[str, str | int])
         url = str(run["url"])
-        httpx.get(f"{url}/health", timeout=10, trust_env=False).raise_for_status()
-    except (OSError, KeyError, ValueError, httpx.HTTPError) as error:
+        verify = context_for(home, url)
+        httpx.get(f"{url}/health", timeout=10, trust_env=False, verify=verify).raise_for_status()
+    except (OSError, KeyError, ValueError, httpx.HTTPError, NotRunning) as error:
         finding = f"the server on {home} does not answer ({error or type(error).__name__})"
         return Check("port", "failed", finding, "if it is starting, wait; otherwise restart it")
     return Check("port", "ok", f"in use by this box, which answers at {url}")
@@ -126,50 +146,3 @@ async def _bind_and_close() -> None:
     from pinaivu_box.transport.iroh_transport import IrohTransport  # 18 MB, only if it is wanted
 
     await (await IrohTransport.bind(Identity(SigningKey.generate()), "127.0.0.1", 0)).close()
-
-
-def gpu(root: Path = Path("/")) -> Check:
-    """Check the GPU without NVML: what the kernel shows, and whether the driver library exists."""
-    cards = [
-        device
-        for device in sorted((root / "sys/bus/pci/devices").glob("*"))
-        if _text(device / "vendor") == _NVIDIA and _text(device / "class").startswith("0x03")
-    ]
-    driver = _text(root / "proc/driver/nvidia/version").partition("\n")[0]
-    devices = sorted((root / "dev").glob("nvidia[0-9]*"))
-    if not (cards or driver or devices):
-        return Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
-    if not driver:
-        finding = "there is an NVIDIA GPU but no driver: models run on the CPU"
-        return Check("GPU", "warning", finding, "to use it, install the NVIDIA driver")
-    if not devices:
-        finding = "there is an NVIDIA driver but no /dev/nvidia*: models run on the CPU"
-        todo = "in a container, add the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
-        return Check("GPU", "warning", finding, todo)
-    if not _has_libcuda(root):
-        finding = "there is an NVIDIA driver but no libcuda.so.1: models run on the CPU"
-        return Check("GPU", "warning", finding, "install the driver's CUDA library (libcuda1)")
-    version = re.search(r"[0-9]+\.[0-9.]+", driver)
-    number = version[0] if version else "unknown"
-    return Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, driver {number}")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _has_libcuda(root: Path) -> bool:
-    """Read the list of the linker: loading the library would run the driver in this process."""
-    try:
-        listed = subprocess.run(
-            [shutil.which("ldconfig") or "/sbin/ldconfig", "-r", str(root), "-p"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-    except OSError:
-        return True  # unknown; the engine reports it
-    return "libcuda.so.1 " in listed

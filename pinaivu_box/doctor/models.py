@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,19 @@ from pathlib import Path
 import msgspec
 
 from pinaivu_box.config import Config, EngineConfig
+from pinaivu_box.devices import DeviceMonitor
 from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.engine.messages import Output, SamplingParams
 from pinaivu_box.errors import ApiError, CliError
-from pinaivu_box.gateway.backend import Job, Started
+from pinaivu_box.gateway.backend import Event, Job, Started
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import catalog, gguf, memory
+from pinaivu_box.gateway.placement_plan import Start
+from pinaivu_box.graphics_cards import may_have_gpus
+from pinaivu_box.models import catalog, fit, gguf, memory
+from pinaivu_box.models.caches.cache import NO_FOLDER
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.names import printable
+from pinaivu_box.models.names import printable, spellings
 from pinaivu_box.models.regular_files import open_regular, stat_regular
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.settings import LiveSettings, Settings
@@ -33,12 +38,16 @@ _Remembered = dict[str, tuple[int, int, str]]  # path -> size, mtime_ns, digest
 
 
 def find(config: Config, home: Path) -> tuple[Catalog, str]:
-    """The catalog, and why the configured models are not in it (empty if they are)."""
+    """The catalog, and why the configured models or aliases are not in it (empty if they are)."""
     try:
         return catalog.load(config, home), ""
     except CliError as error:
-        rest = msgspec.structs.replace(config, model=[])
-        return catalog.load(rest, home), error.message.removesuffix(".")
+        message = error.message.removesuffix(".")
+    try:
+        rest = msgspec.structs.replace(config, model=[], aliases={})
+        return catalog.load(rest, home), message
+    except CliError:  # the file of the aliases that were made
+        return Catalog({}), message
 
 
 def real(listed: Catalog) -> list[Model]:
@@ -49,7 +58,12 @@ def files(config: Config, home: Path) -> Iterator[Check]:
     """Check the model files, which are read completely (about 1 GB/s)."""
     listed, missing = find(config, home)
     if missing:
-        yield Check("models", "failed", missing, "correct its [[model]] entry, or replace the file")
+        yield Check(
+            "models",
+            "failed",
+            missing,
+            "correct the entry in the configuration, or replace the file",
+        )
     for path, why in listed.not_served.items():
         # Other programs keep projectors and adapters beside their models.
         state: State = "warning" if gguf.is_no_model(why) else "failed"
@@ -58,14 +72,30 @@ def files(config: Config, home: Path) -> Iterator[Check]:
             todo = "nothing, if it belongs to another program"
         if why.endswith(gguf.BEING_WRITTEN):
             state, todo = "warning", "nothing, while it is being written"
+        if why.endswith(NO_FOLDER):
+            state, todo = "warning", "correct model_caches in the configuration"
         if why.endswith((catalog.RENAME_IT, catalog.RENAME_ONE)):
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
+    yield from _aliases(listed, config)
     remembered = _remembered(home)
     for model in real(listed):
         yield _file(model, remembered)
     if not real(listed):
         yield Check("models", "warning", "no models", f"put a GGUF file into {home / 'models'}")
+
+
+def _aliases(listed: Catalog, config: Config) -> Iterator[Check]:
+    """Those that lead nowhere."""
+    served = {model.id for model in listed.models}
+    for alias, target in listed.aliases.items():
+        if served.intersection(spellings(target)):
+            continue
+        found = f"{alias} is an alias of {target}, which is not on this box"
+        todo = f"'pinaivu pull {target}', or remove the alias"
+        if config.peering.enabled or config.upstream:
+            todo += "; nothing, if a peer or an upstream has the model"
+        yield Check("aliases", "warning", found, todo)
 
 
 def _remembered(home: Path) -> _Remembered:
@@ -82,8 +112,9 @@ def _file(model: Model, remembered: _Remembered) -> Check:
     name = f"{model.id} ({printable(str(model.path))})"
     again = "download the file again"
     digests, unseen = [], False
-    for file in model.files:
-        if model.parts:
+    files = [*model.files, *model.adapter_files]
+    for file in files:
+        if len(files) > 1:
             name = f"{model.id} ({printable(str(file.path))})"
         try:
             digest = _digest(file)
@@ -99,10 +130,11 @@ def _file(model: Model, remembered: _Remembered) -> Check:
         unseen = unseen or not known
         if known and known != digest:
             return _changed(name, digest, known, unchanged)
-    digest = digest_of_parts(digests) if model.parts else digests[0]
-    files = f" in {len(model.parts)} files" if model.parts else ""
+    own, adapters = digests[: len(model.files)], digests[len(model.files) :]
+    digest = model.digest_from(digest_of_parts(own) if model.parts else own[0], adapters)
+    count = f" in {len(files)} files" if len(files) > 1 else ""
     how = "not served yet" if unseen else "as served before"
-    finding = f"{megabytes(model.size)}{files}, sha256 {digest[:16]}…, {how}"
+    finding = f"{megabytes(sum(file.size for file in files))}{count}, sha256 {digest[:16]}…, {how}"
     return Check("models", "ok", f"{model.id} ({printable(str(model.path))}): {finding}")
 
 
@@ -137,10 +169,36 @@ def room(config: Config, home: Path) -> Iterator[Check]:
     if total is None or available is None:
         yield Check("memory", "ok", "the memory of this machine is unknown")
         return
-    for model in real(find(config, home)[0]):
+    listed = find(config, home)[0]
+    if may_have_gpus(os.environ):
+        yield from asyncio.run(_planned(config, listed))
+        return
+    for model in real(listed):
         # The minimum: the cache shrinks to one context before the model is refused.
-        need = memory.estimate(model, memory.context_of(model, config.engine.context))
+        context = memory.context_of(model, config.engine.context)
+        need = fit.on_cpu(model.header, context, model.settings.kv_type or config.engine.kv_type)
         yield fits(model.id, need, total, available)
+
+
+async def _planned(config: Config, listed: Catalog) -> list[Check]:
+    """The checks of the models' memory on a machine with GPUs: where each would go."""
+    devices, checks = DeviceMonitor(), []
+    placement = Placement(LiveSettings(Settings(config, listed)), _no_digest, devices)
+    try:
+        for model in real(listed):
+            decision, _ = await placement.would_place(model)
+            fits = isinstance(decision, Start)
+            finding = f"{model.id}: {decision.why}" if fits else f"{model.id} {decision.why}"
+            todo = "" if fits else "close other programs, or set a smaller context"
+            checks.append(Check("memory", "ok" if fits else "warning", finding, todo))
+    finally:
+        await placement.close()
+        devices.close()
+    return checks
+
+
+async def _no_digest(_: Model) -> str:
+    return ""
 
 
 def fits(model_id: str, need: int, total: int, available: int) -> Check:
@@ -164,9 +222,8 @@ def engine(config: Config, home: Path) -> Check:
         config.engine, context=_CONTEXT_TOKENS, kv_tokens=_CONTEXT_TOKENS, max_sequences=1
     )
     try:
-        finding = asyncio.run(
-            _one_token(dataclasses.replace(smallest, context=_CONTEXT_TOKENS), small)
-        )
+        own = msgspec.structs.replace(smallest.settings, context=_CONTEXT_TOKENS)
+        finding = asyncio.run(_one_token(dataclasses.replace(smallest, settings=own), small))
     except ApiError as error:
         todo = "'pinaivu serve --log-level debug' shows the log of the engine"
         return Check("engine", "failed", error.message.removesuffix("."), todo)
@@ -178,12 +235,9 @@ def engine(config: Config, home: Path) -> Check:
 
 async def _one_token(model: Model, config: EngineConfig) -> str:
     """What the engine did, as a clause.  Raises ApiError, TimeoutError."""
-
-    async def no_digest(_: Model) -> str:
-        return ""
-
     settings = LiveSettings(Settings(Config(engine=config)))
-    placement = Placement(settings, no_digest)
+    devices = DeviceMonitor() if may_have_gpus(os.environ) else None
+    placement = Placement(settings, _no_digest, devices)
     job = Job(
         request_id="doctor",
         model=model,
@@ -193,18 +247,26 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
         stop=[],
         tenant="doctor",
     )
-    where = ""
+    where, tokens = "", 0
+
+    def take(event: Event) -> None:
+        nonlocal where, tokens
+        if isinstance(event, Started):
+            where = f"on {event.engine.device} ({event.engine.build})"
+        elif isinstance(event, Output):
+            tokens += len(event.tokens)
+
     try:
         async with asyncio.timeout(config.start_seconds):
-            async for event in LocalBackend(placement, "", settings).start(job).events():
-                if isinstance(event, Started):
-                    where = f"on {event.engine.device} ({event.engine.build})"
-                elif isinstance(event, Output) and event.tokens:
-                    return f"generated a token {where}"
+            await LocalBackend(placement, "", settings).start(job).run(take)
     except ApiError as error:
         if not where or error.status >= 500:
             raise
         return f"was loaded {where}; it generates no text"  # a model for embeddings
     finally:
         await placement.close()
+        if devices is not None:
+            devices.close()
+    if tokens:
+        return f"generated a token {where}"
     return f"was loaded {where} and ended its answer immediately"

@@ -30,14 +30,6 @@ Functions = list[dict[str, Any]]
 _MAX_REASON_CHARACTERS = 500  # of a template's own error
 INSTEAD = ": serve another file of this model, or use completions, which need no template"
 
-# For files without a template; the format that llama.cpp also falls back to.
-CHATML = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    # Jinja drops a template's last newline, so it is written as an expression.
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
-)
-
 
 class _Raised(Exception):
     """The template raised; the text is its message."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
+from functools import cache
 
 from pinaivu_box.chat_format import overlap
 
@@ -19,7 +20,9 @@ class Detokenizer:
     def __init__(self, piece: Callable[[int], bytes], stop: list[str], min_tokens: int = 0) -> None:
         self._piece = piece
         self._stop = stop
+        self._stop_beginnings = {each[0] for each in stop if each}
         self._decoder = _decoder()
+        self._unfinished = False  # whether bytes of a character wait, here or in the decoder
         self._withheld = ""
         self._min_tokens = min_tokens  # still to come
         self._exempt = 0  # characters of the withheld text that such tokens have completed
@@ -34,27 +37,39 @@ class Detokenizer:
     @property
     def holds(self) -> bool:
         """Whether text or bytes wait for more."""
-        return bool(self._withheld or self._decoder.getstate()[0])
+        return bool(self._withheld or (self._unfinished and self._decoder.getstate()[0]))
 
     def follow(self, prompt: bytes) -> None:
         """The end of the prompt: the first token may finish a character that it has begun."""
         before = _decoder()
         before.decode(prompt)
         self._begun = before.getstate()[0]
+        self._unfinished = bool(self._begun)
 
     def push(self, token: int) -> str:
         """Text that may be sent.  Once `stopped` is True, all before the stop string was given."""
         piece = self._piece(token)
+        text = None if self._unfinished else _whole_text(piece)
+        if text is None:
+            text = self._decode(piece)
+        if not self._stop:
+            return text
+        if self.stop_string is not None:
+            return ""
+        early = self._min_tokens > 0
+        self._min_tokens -= early
+        if not self._withheld and self._stop_beginnings.isdisjoint(text):
+            return text
+        return self._take(text, early=early)
+
+    def _decode(self, piece: bytes) -> str:
         if self._begun and piece:
             begun, self._begun = self._begun, b""
             if piece[0] & 0xC0 == 0x80:
                 piece = begun + piece
         text = self._decoder.decode(piece)
-        if not self._stop or self.stopped:
-            return "" if self.stopped else text
-        early = self._min_tokens > 0
-        self._min_tokens -= early
-        return self._take(text, early=early)
+        self._unfinished = bool(self._begun or self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """The text that was withheld: the sequence has ended, and not by a stop string."""
@@ -83,6 +98,16 @@ class Detokenizer:
 def text_of(data: bytes) -> str:
     """The text of tokens' bytes, up to the last whole character."""
     return _decoder().decode(data)
+
+
+@cache
+def _whole_text(piece: bytes) -> str | None:
+    """The text of a token whose bytes are whole characters; None of others.  There are no more
+    pieces than tokens in vocabularies."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _decoder() -> codecs.IncrementalDecoder:

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from pinaivu_box.engine.batch_chunk import BatchChunk
+from pinaivu_box.engine.draft_model import DraftModel
 from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
-from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
+from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
+from pinaivu_box.engine.messages import EngineLoad, PrefixesSaved, Refused, TokenLogprob
 from pinaivu_box.engine.output import SequenceOutput, StepOutput
+from pinaivu_box.engine.prefix_cache import PRIVATE
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
-from pinaivu_box.engine.sampling import (
-    NO_WINDOW,
-    Draw,
-    PenaltyWindow,
-    draw_rows,
-    redraw,
-    token_logprob,
-)
-from pinaivu_box.engine.scheduler import BatchChunk, Scheduler
+from pinaivu_box.engine.sampling import Draw, draw_rows, redraw, token_logprob
+from pinaivu_box.engine.scheduler import Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady_steps import SteadySteps
 from pinaivu_box.engine.step_cost import StepCostModel
@@ -32,16 +29,42 @@ from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAva
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar
+    from pinaivu_box.engine.prefix_store import PrefixStore  # libsodium is loaded if it is needed
+
+_MAX_SAVE_SECONDS = 2.0  # another model may wait for the memory
 
 
 class Engine:
-    """Drives a runner: `add` and `end` sequences, `step` computes once and reports."""
+    """Drives a runner: `add` and `end` sequences, `step` computes once and reports.
 
-    def __init__(self, runner: Runner, *, token_budget: int) -> None:
+    `images` looks at images; whoever drives this calls `encoded` when it reports.  `draft` is the
+    runner of a smaller model that proposes tokens, `store` keeps prefixes on disk.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        token_budget: int,
+        images: ImageEncoder | None = None,
+        draft: Runner | None = None,
+        store: PrefixStore | None = None,
+    ) -> None:
         facts = runner.facts
         self._runner = runner
+        self._store = store
         self._facts = facts
         self.step_cost = StepCostModel()
+        self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
+        draft_model = None
+        if draft is not None:
+            draft_model = DraftModel(
+                draft,
+                runner,
+                batch_tokens=max(token_budget, facts.max_sequences),
+                n_vocab=facts.n_vocab,
+                end_tokens=self._end_tokens,
+            )
         self.scheduler = Scheduler(
             runner,
             kv_tokens=facts.kv_tokens,
@@ -50,38 +73,91 @@ class Engine:
             step_cost=self.step_cost,
             ids=facts.sequence_ids,
             sharing=facts.sharing,
+            draft_model=draft_model,
+            exact=facts.exact,
         )
-        self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
         self._arrivals = itertools.count(1)
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
+        self._tokens_restored = 0
+        self._tokens_drafted = 0
+        self._tokens_accepted = 0
         self._steady: SteadySteps | None = None
         self._last_load = EngineLoad()
         self.embeddings = EmbeddingScheduler(runner)
+        self._images = images
+        self._encoding = 0  # images that were asked for and are not reported
+        self._stalled = False  # nothing can be computed before one of them is
         self._outputs: list[SequenceOutput] = []
         self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self.scheduler or self.embeddings or self._outputs or self._refused)
+        computable = self.scheduler and not self._stalled
+        return bool(computable or self.embeddings or self._outputs or self._refused)
 
     def add(self, sequence: Sequence | EmbeddingJob) -> None:
         if isinstance(sequence, EmbeddingJob):
             self.embeddings.add(sequence)
             return
         self.catch_up()
+        self._stalled = False
         sequence.arrival = next(self._arrivals)
+        self._restore_prefix(sequence)
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             first = TokenLogprob(self._runner.spelling(sequence.tokens[0]), 0.0, [])
             self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=[first]))
             sequence.scored = 1
 
+    def save_prefixes(self) -> PrefixesSaved:
+        """Save what was used last, for as long as that may take."""
+        self.catch_up()
+        saved = PrefixesSaved()
+        if self._store is None:
+            return saved
+        until, prefixes = time.monotonic() + _MAX_SAVE_SECONDS, self.scheduler.prefixes
+        for sequence_id in prefixes.newest():
+            tokens, share = prefixes.tokens_of(sequence_id), prefixes.share_of(sequence_id)
+            if time.monotonic() > until or not self._store.is_wanted(tokens, share):
+                continue
+            state = self._runner.state(sequence_id, self._store.max_bytes)
+            if state is not None and self._store.save(tokens, share, state):
+                saved = PrefixesSaved(
+                    saved.prefixes + 1, saved.tokens + len(tokens), saved.size + len(state)
+                )
+        return saved
+
+    def _restore_prefix(self, sequence: Sequence) -> None:
+        """Read what was saved of the sequence's beginning, if that is more than the cache has."""
+        store, share = self._store, sequence.share
+        if store is None or share.scope == PRIVATE:
+            return
+        sequence.exact = self._facts.exact
+        tokens = sequence.cells(0, sequence.max_shared_tokens)
+        known, _ = self.scheduler.prefixes.match(tokens, share)
+        saved = store.find(tokens, share, known)
+        if saved is None:
+            return
+
+        def fill(sequence_id: int) -> bool:
+            state = store.read(saved)
+            if state is None:
+                return False
+            if not self._runner.restore(sequence_id, state):
+                store.forget(saved)  # this engine cannot use it
+                return False
+            return True
+
+        if self.scheduler.adopt(saved.tokens, share, fill):
+            self._tokens_restored += len(saved.tokens)
+
     def end(self, request_id: str, finish_reason: str) -> None:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
         self.catch_up()
+        self._stalled = False
         sequence, embedding = self.scheduler.find(request_id), self.embeddings.end(request_id)
         queue_ms, cached_tokens = embedding.queue_ms if embedding else None, None
         if sequence is not None:
@@ -94,6 +170,17 @@ class Engine:
             SequenceOutput(request_id, [], finish_reason, False, queue_ms, cached_tokens)
         )
 
+    def encoded(self, event: ImageEncoded) -> None:
+        """An image was looked at."""
+        self._encoding -= 1
+        self._stalled = False
+        sequence = None if event.error is None else self.scheduler.find(event.id)
+        if sequence is not None and not event.image.dropped:
+            self.catch_up()
+            self.scheduler.finish(sequence)
+            code = getattr(event.error, "code", NoNodesAvailable.code)
+            self._refused.append(Refused(event.id, code, str(event.error), "messages"))
+
     def step(self) -> StepOutput:
         """Compute one batch, if there is one.  Returns all that happened since the last step."""
         if self._steady and self._steady.left and not self.embeddings:
@@ -102,8 +189,11 @@ class Engine:
                 return output
         self.catch_up()
         self._embed()
-        if self.scheduler:
-            self._compute()
+        seen = self._see()
+        computed = bool(self.scheduler) and (self._compute(seen) or bool(seen))
+        self._ask_for_images()
+        if self.scheduler and not computed:
+            self._stall()
         outputs, self._outputs = self._outputs, []
         refused, self._refused = self._refused, []
         self._last_load = self._load()
@@ -130,6 +220,45 @@ class Engine:
                 SequenceOutput(job.id, [], "stop", queue_ms=job.queue_ms, vectors=job.vectors)
             )
 
+    def _ask_for_images(self) -> None:
+        """Of the running sequences, those that come next: one is looked at while the sequence's
+        text before it is computed."""
+        for sequence in self.scheduler.running if self._images is not None else ():
+            span = sequence.next_image
+            if span is not None and not span.image.asked and self._images is not None:
+                sequence.note_start()
+                self._encoding += 1
+                self._images.ask(span.image, request_id=sequence.id, tenant=sequence.tenant)
+
+    def _see(self) -> int:
+        """Compute a part of an image, if there is one.  Returns of how many tokens."""
+        chunk = None if self._images is None else self.scheduler.plan_image()
+        if chunk is None:
+            return 0
+        sequence, span = chunk.sequence, chunk.sequence.next_image
+        if span is None or span.piece is None:
+            raise AssertionError("an image was planned that is not there")
+        begin = chunk.start - span.start
+        part = span.piece.part(begin, begin + chunk.count)
+        began = time.perf_counter()
+        try:
+            self._runner.decode_image(part, sequence.position(span.start), sequence.sequence_id)
+        except NoSlot:
+            self._reclaim([chunk])
+            return 0
+        self._observe([chunk], time.perf_counter() - began)
+        self.scheduler.commit([chunk])
+        if all(later.image is not span.image for later in sequence.images_ahead):
+            span.image.forget()
+        return chunk.count
+
+    def _stall(self) -> None:
+        """Nothing could be computed: wait for images, or make room for those that are ready."""
+        if self._encoding:
+            self._stalled = True
+        elif any(sequence.images for sequence in self.scheduler.running):
+            self.scheduler.reclaim()
+
     def check_integrity(self) -> None:
         """Raises AssertionError if an invariant is broken.  In steady steps the scheduler lags."""
         if self._steady is None or not self._steady.steps:
@@ -143,10 +272,14 @@ class Engine:
 
     # -- a step --------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _compute(self, spent: int) -> bool:
+        """One batch, in a step in which so many prompt tokens were computed before.  Returns
+        whether there was anything."""
         drafting = True
         while self.scheduler:
-            chunks = self.scheduler.plan(drafting=drafting)
+            chunks = self.scheduler.plan(drafting=drafting, spent=spent)
+            if not chunks:
+                return False
             if self._facts.streams:
                 chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
             for chunk in chunks:
@@ -169,7 +302,8 @@ class Engine:
             if steady > 1 and len(self.scheduler.running) == len(chunks):
                 by_id = sorted(self.scheduler.running, key=lambda each: each.sequence_id)
                 self._steady = SteadySteps(by_id, steady, self._end_tokens)
-            return
+            break
+        return True
 
     def _step_steadily(self, steady: SteadySteps) -> StepOutput | None:
         """A step without a plan; None if it has to be planned after all."""
@@ -179,7 +313,7 @@ class Engine:
         except NoSlot:
             return None
         rows = len(steady.sequences)
-        self.step_cost.observe(rows, 0, time.perf_counter() - began)
+        self._observe_step(rows, 0, time.perf_counter() - began)
         self._steps += 1
         self._tokens_computed += rows
         drawn = steady.draw(logits)
@@ -201,9 +335,13 @@ class Engine:
     def _observe(self, chunks: list[BatchChunk], seconds: float) -> None:
         rows = sum(chunk.rows for chunk in chunks if chunk.count == 1)
         tokens = sum(chunk.size for chunk in chunks)
-        self.step_cost.observe(rows, tokens - rows, seconds)
+        self._observe_step(rows, tokens - rows, seconds)
         self._steps += 1
         self._tokens_computed += tokens
+
+    def _observe_step(self, rows: int, prompt_tokens: int, seconds: float) -> None:
+        self.step_cost.observe(rows, prompt_tokens, seconds)
+        self.scheduler.drafting.observe(seconds)
 
     def _reclaim(self, chunks: list[BatchChunk]) -> None:
         """Make room: the cache has fewer cells than it reported (padding, a window)."""
@@ -262,6 +400,8 @@ class Engine:
                 if drafted != token or token in self._facts.end_tokens:
                     break
                 accepted += 1
+            self._tokens_drafted += len(chunk.draft)
+            self._tokens_accepted += accepted
             tokens = tokens[: accepted + 1]
             logprobs: list[TokenLogprob] = []
             if scored is not None:
@@ -350,6 +490,9 @@ class Engine:
             tokens_computed=self._tokens_computed,
             tokens_cached=self._tokens_cached,
             preemptions=self.scheduler.preemptions,
+            tokens_restored=self._tokens_restored,
+            tokens_drafted=self._tokens_drafted,
+            tokens_accepted=self._tokens_accepted,
         )
 
 
@@ -363,14 +506,15 @@ def _batch_of(chunks: list[BatchChunk]) -> Batch:
         sequence, start, count = chunk.sequence, chunk.start, chunk.count
         if count == 1 and not chunk.draft:
             tokens.append(sequence.tokens[start])
-            positions.append(start)
+            positions.append(sequence.position(start))
             ids.append(sequence.sequence_id)
             outputs.append(chunk.rows or len(chunk.scored))
             continue
         size = chunk.size
         tokens += sequence.tokens[start : start + count]
         tokens += chunk.draft
-        positions += range(start, start + size)
+        position = sequence.position(start)
+        positions += range(position, position + size)
         ids += [sequence.sequence_id] * size
         output_flags = [0] * (size - chunk.rows) + [1] * chunk.rows
         for position in chunk.scored:
@@ -378,20 +522,12 @@ def _batch_of(chunks: list[BatchChunk]) -> Batch:
         outputs += output_flags
     decoding = itertools.takewhile(lambda chunk: chunk.count == 1, chunks)
     single = sum(chunk.size for chunk in decoding)
-    return Batch.of(tokens, positions, ids, outputs, single)
+    in_blocks = any(chunk.in_blocks for chunk in chunks)
+    return Batch.of(tokens, positions, ids, outputs, single, in_blocks=in_blocks)
 
 
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
     """What decides each row's draw, in batch order."""
     for chunk in chunks:
-        sequence = chunk.sequence
         for number in range(chunk.rows):
-            window = NO_WINDOW
-            if sequence.sampling.looks_back:
-                window = PenaltyWindow(
-                    [*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length
-                )
-            sampling, position = sequence.sampling, sequence.length + number
-            if position < sequence.min_length:
-                sampling = msgspec.structs.replace(sampling, ignore_eos=True)
-            yield Draw(sampling, position, window)
+            yield chunk.sequence.draw(list(chunk.draft[:number]))

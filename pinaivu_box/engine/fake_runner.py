@@ -13,14 +13,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from pinaivu_box.engine.messages import LoadModel
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.engine.runner import (
     TEXT_BATCH,
     Batch,
     EmbeddingCapacity,
+    EncodedPiece,
     Float32,
     ModelFacts,
+    Projector,
     TooManyTokens,
 )
+from pinaivu_box.engine.vocabulary import Vocabulary
 
 SCHEME = "fake:"
 SENTENCE = b"The quick brown fox jumps over the lazy dog. "
@@ -32,6 +36,8 @@ UNLIKELY = np.linspace(-30, -31, N_VOCAB, dtype=np.float32)
 
 
 class FakeRunner:
+    projector: Projector | None = None
+
     def __init__(self, load: LoadModel) -> None:
         self._step_seconds = float(load.path.removeprefix(SCHEME) or 0) / 1000
         self.facts = ModelFacts(
@@ -42,7 +48,7 @@ class FakeRunner:
             max_sequences=load.max_sequences,
             n_vocab=N_VOCAB,
             n_embd=N_VOCAB,
-            chat_template=None,
+            chat_template=load.template or CHATML,
             bos="",
             eos="",
             end_tokens=frozenset({END}),
@@ -68,6 +74,9 @@ class FakeRunner:
     def spelling(self, token: int) -> bytes:
         return self.piece(token)
 
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(0, None, None, [self.piece(token) for token in range(N_VOCAB)])
+
     def decode(self, batch: Batch) -> Float32:
         if self._step_seconds:
             time.sleep(self._step_seconds)
@@ -75,6 +84,9 @@ class FakeRunner:
         logits = np.tile(UNLIKELY, (len(positions), 1))
         logits[np.arange(len(positions)), _SENTENCE[positions % len(_SENTENCE)]] = 0.0
         return logits
+
+    def decode_image(self, piece: EncodedPiece, position: int, sequence_id: int) -> None:
+        raise NotImplementedError("it sees no images")
 
     def remove(self, sequence_id: int) -> None:
         return None
@@ -84,6 +96,12 @@ class FakeRunner:
 
     def copy(self, source: int, target: int, length: int) -> None:
         return None
+
+    def state(self, sequence_id: int, max_bytes: int) -> memoryview | None:
+        return memoryview(b"")
+
+    def restore(self, sequence_id: int, state: bytearray) -> bool:
+        return not state
 
     def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         context = self.facts.context

@@ -56,6 +56,11 @@ class CpuBudget:
     def exhausted(self) -> bool:
         return self._left <= 0
 
+    @property
+    def ample(self) -> bool:
+        """Whether more than half of what can be saved is left."""
+        return self._left > _MAX_SAVED_SECONDS / 2
+
     def spend(self, seconds: float) -> None:
         now = time.monotonic()
         earned = (now - self._since) * _EARNED_PER_SECOND
@@ -84,6 +89,11 @@ class Grammar:
         """It was too complex for its limits, or takes too long."""
         return self._budget.exhausted or self._matcher.is_error()
 
+    @property
+    def has_time(self) -> bool:
+        """Whether there is time for what is not necessary: drafts must never exhaust the budget."""
+        return self._budget.ample and not self.broken
+
     def allows(self, token: int) -> bool:
         began = time.thread_time()
         allowed = self._matcher.validate_tokens([token]) == 1
@@ -103,6 +113,18 @@ class Grammar:
         self._matcher.consume_token(token)
         self._budget.spend(time.thread_time() - began)
         self._budget.earn()
+
+    def try_out(self, token: int) -> None:
+        """As `take`, for a token that is only drafted: `take_back` follows."""
+        began = time.thread_time()
+        self._matcher.consume_token(token)
+        self._budget.spend(time.thread_time() - began)
+
+    def take_back(self, count: int) -> None:
+        """Go back to before the last `count` tokens."""
+        began = time.thread_time()
+        self._matcher.rollback(count)
+        self._budget.spend(time.thread_time() - began)
 
     def forced(self) -> list[int]:
         """Tokens that must come next; often there are none."""

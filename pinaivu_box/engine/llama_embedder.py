@@ -21,6 +21,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.ctypeslib import as_array
 
+from pinaivu_box.engine.llama_adapters import LoadedAdapters
 from pinaivu_box.engine.llama_batch import BatchBuffer
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Float32
 from pinaivu_box.errors import BoxError
@@ -40,7 +41,16 @@ class Embedder:
     Not thread-safe: the thread that drives the runner drives it.  Raises BoxError.
     """
 
-    def __init__(self, model: llama.llama_model_p, size: int, context: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: llama.llama_model_p,
+        size: int,
+        context: int,
+        threads: int,
+        adapters: LoadedAdapters,
+        *,
+        without_blas: bool = False,
+    ) -> None:
         architecture = metadata(model, "general.architecture")
         self._pools = metadata(model, f"{architecture}.pooling_type") not in ("", "0")
         self.capacity = self._capacity(model, size, context)
@@ -56,6 +66,8 @@ class Embedder:
             params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
         if not self._pools or self.capacity.longest <= _MAX_UNFUSED_TOKENS:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if without_blas:  # which attention in separate steps takes on a GPU
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._tensor_name = llama._lib.ggml_get_name
         self._tensor_name.restype, self._tensor_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         self._callback = llama.ggml_backend_sched_eval_callback(self._stops)
@@ -66,6 +78,7 @@ class Embedder:
                 f"There is not enough memory to embed texts of {self.capacity.longest} tokens: "
                 "unload a model, or lower engine.context."
             )
+        adapters.apply(self._context)
         self._memory = llama.llama_get_memory(self._context)
         self._size = llama.llama_model_n_embd(model)
         self._buffer = BatchBuffer(params.n_batch)

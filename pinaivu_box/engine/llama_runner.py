@@ -1,4 +1,4 @@
-"""llama.cpp behind the runner protocol: the only module that imports llama_cpp.
+"""llama.cpp behind the runner protocol.
 
 Low-level API only: multi-sequence `llama_decode`.
 
@@ -13,29 +13,52 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+import time
 from collections.abc import Sequence
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import llama_cpp
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from pinaivu_box.engine.llama_batch import BatchBuffer
+from pinaivu_box.engine import exactness, llama_exact, own_templates
+from pinaivu_box.engine.exact_path import BLOCK, whole_blocks
+from pinaivu_box.engine.llama_adapters import LoadedAdapters
+from pinaivu_box.engine.llama_batch import BatchBuffer, ImageBatch, LogitsView
+from pinaivu_box.engine.llama_devices import DeviceChoice, cache_type, cpu_library, load_backends
 from pinaivu_box.engine.llama_embedder import Embedder, metadata
-from pinaivu_box.engine.messages import LoadModel, SamplingDefaults
+from pinaivu_box.engine.llama_log import capture_log
+from pinaivu_box.engine.messages import (
+    CPU,
+    NOTICE,
+    DeviceMemory,
+    LoadModel,
+    SamplingDefaults,
+)
+from pinaivu_box.engine.out_of_memory import EngineOutOfMemory
+from pinaivu_box.engine.pace import Mode, Pace
+from pinaivu_box.engine.patience import Patience, waited_seconds
 from pinaivu_box.engine.runner import (
     Batch,
     EmbeddingCapacity,
+    EncodedPiece,
     Float32,
     ModelFacts,
     NoSlot,
     TooManyTokens,
 )
+from pinaivu_box.engine.vocabulary import Vocabulary
 from pinaivu_box.errors import BoxError
+from pinaivu_box.processors import usable_cores
+from pinaivu_box.text import number as number_of
 
-_WARNING, _ERROR, _CONTINUED = 3, 4, 5  # ggml_log_level; lower levels are left out
-_LOAD_FAILED = "failed to load model"
+if TYPE_CHECKING:
+    from pinaivu_box.engine.llama_projector import LlamaProjector
+
 _MAX_SEQUENCE_IDS = 256  # LLAMA_MAX_SEQ
 _TILE_TOKENS = 64  # GGML_FA_TILE_Q
 _MAX_TOP_K = 2**31 - 1
@@ -45,26 +68,44 @@ _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
 class LlamaRunner:
-    """One model and one context.  Not thread-safe: one thread drives it."""
+    """One model and one context.  Not thread-safe: one thread drives it.
 
-    def __init__(self, load: LoadModel) -> None:
-        _load_backends()
-        self._log = _capture_log()
-        self._threads = load.threads or physical_cores()
+    With `simulate` it has no weights and no cache, and so cannot compute: it only tells what it
+    would take.  Raises BoxError, EngineOutOfMemory.
+    """
+
+    def __init__(self, load: LoadModel, *, simulate: bool = False) -> None:
+        load_backends(load.cpu_variant)
+        self.log = self._log = capture_log()
+        self._simulate = simulate
+        self._devices = DeviceChoice(load)
+        self._threads = load.threads or usable_cores()
+        self._patience = Patience(self._threads)
+        self._pace = Pace(self._threads, waited_seconds, adjustable=self._patience.adjustable)
+        self._mode = self._pace.mode
         self._model = self._load_model(load)
+        # Before the context: its graph has to have room for them.
+        adapters = [] if simulate else load.adapters
+        self._adapters = LoadedAdapters(self._model, adapters, self._log)
         self._vocab = llama.llama_model_get_vocab(self._model)
+        self.projector = self._load_projector(load)
         self._context = self._make_context(load)
         self._memory = llama.llama_get_memory(self._context)
         self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
         self._batch = BatchBuffer(llama.llama_n_batch(self._context))
+        self._logits = LogitsView(self._context, self._n_vocab)
         self.piece = cache(self._read_piece)
         self._embedder: Embedder | None = None  # made when texts are to be embedded
-        self.facts = self._read_facts(load)
+        if not simulate:
+            self.facts = self._read_facts(load)
 
     # -- loading -------------------------------------------------------------------------------
 
     def _load_model(self, load: LoadModel) -> llama.llama_model_p:
         params = llama.llama_model_default_params()
+        self._devices.apply(params)
+        if self._simulate:
+            params.no_alloc, params.load_mode = True, llama.LLAMA_LOAD_MODE_NONE
         if load.offset:
             model = _load_from_offset(load.path, load.offset, params)
         else:  # all parts by name: llama.cpp would look for names that end in lower case
@@ -72,38 +113,110 @@ class LlamaRunner:
             names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
             model = llama.llama_model_load_from_splits(names, len(paths), params)
         if not model:
-            raise BoxError(
-                f"llama.cpp cannot load {Path(load.path).name}: "
-                f"{self._log.last or 'no reason given'}"
-            )
+            raise self._failure(f"llama.cpp cannot load {Path(load.path).name}")
         return model
+
+    def _load_projector(self, load: LoadModel) -> LlamaProjector | None:
+        if not load.projector or self._simulate:
+            return None
+        # Other models do not need its library.
+        from pinaivu_box.engine.llama_projector import LlamaProjector, ProjectorFailed
+
+        try:
+            device = self._devices.for_images
+            return LlamaProjector(load, self._model, self._threads, device, self._log)
+        except ProjectorFailed as error:
+            raise self._failure(error.message) from None
+
+    def _failure(self, what: str) -> BoxError:
+        if self._log.shortage is not None:
+            return EngineOutOfMemory(what, self._log.shortage)
+        return BoxError(f"{what}: {self._log.last or 'no reason given'}")
+
+    @property
+    def model(self) -> llama.llama_model_p:
+        return self._model
+
+    @property
+    def _has_states(self) -> bool:
+        """Whether it is recurrent, wholly or in part."""
+        return bool(
+            llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
+        )
+
+    @property
+    def memory(self) -> list[DeviceMemory]:
+        """What it has taken on each device."""
+        return self._log.memory(self._devices.gpus)
+
+    @property
+    def _architecture(self) -> str:
+        return metadata(self._model, "general.architecture")
+
+    def _computing(self, load: LoadModel) -> list[str]:
+        """The devices that have layers."""
+        gpus = [each.device for each in self.memory if each.device != CPU and each.weights]
+        layers = llama.llama_model_n_layer(self._model) + 1
+        whole = gpus and (load.split == "tensor" or not 0 <= load.gpu_layers < layers)
+        return gpus if whole else [*gpus, CPU]
 
     def _make_context(self, load: LoadModel) -> llama.llama_context_p:
         params = llama.llama_context_default_params()
         self._unified = load.max_sequences * load.context > load.kv_tokens
+        setup = self._setup(load)
+        self._exactness = exactness.of(load.exact, setup)
+        self._fixed_split = setup.fixed_split
         params.n_ctx = load.kv_tokens if self._unified else load.max_sequences * load.context
-        params.n_batch = max(load.token_budget, load.max_sequences)
-        params.n_ubatch = min(params.n_batch, 512)
-        # In the pool an id costs nothing, and those of no running sequence keep finished prefixes.
-        params.n_seq_max = _MAX_SEQUENCE_IDS if self._unified else load.max_sequences
+        # In the pool an id costs nothing, and those of no running sequence keep finished prefixes;
+        # but each of a recurrent model has a state.
+        many = self._unified and not self._has_states
+        params.n_seq_max = _MAX_SEQUENCE_IDS if many else load.max_sequences
+        image_cells = self.projector.most_cells_at_once if self.projector is not None else 0
+        # llama.cpp aborts if there are more ids than a batch has tokens, and on a piece of an image
+        # that it would have to compute in parts.
+        params.n_batch = max(load.token_budget, params.n_seq_max, image_cells)
+        params.n_ubatch = max(min(params.n_batch, 512), image_cells)
+        if self._exactness:  # blocks are not cut
+            params.n_batch = max(params.n_batch, BLOCK)
+            params.n_ubatch = max(whole_blocks(params.n_ubatch), BLOCK, image_cells)
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._ubatch = params.n_ubatch
         params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified = self._unified
+        params.type_k = params.type_v = cache_type(load)
         params.no_perf = True
+        if self._devices.without_blas:  # which attention in separate steps takes
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = llama.llama_init_from_model(self._model, params)
         if not context:
-            raise BoxError(
-                f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
-                f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
-            )
+            raise self._failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
+        self._adapters.apply(context)
         self._max_length = min(load.context, llama.llama_n_ctx_seq(context))
         return context
+
+    def _setup(self, load: LoadModel) -> exactness.Setup:
+        library = cpu_library()
+        return exactness.Setup(
+            weights=frozenset(self._log.tensor_types),
+            variant=library.variant,
+            build=_build(),
+            kv_type=load.kv_type,
+            plain=self._devices.only_plain_cpu,
+            pool=self._unified,
+            windows=llama.llama_model_n_swa(self._model) > 0,
+            states=self._has_states,
+            experts=bool(number_of(metadata(self._model, f"{self._architecture}.expert_count"))),
+            adapted=bool(load.adapters),
+            fixed_split=library.fixed_split,
+        )
 
     def _read_facts(self, load: LoadModel) -> ModelFacts:
         vocab = self._vocab
         ends = [t for t in range(self._n_vocab) if llama.llama_vocab_is_eog(vocab, t)]
         return ModelFacts(
-            build=f"llama.cpp {llama.llama_version().decode()}",
-            device=_device_name(),
+            build=_build(),
+            device=self._devices.described(self._computing(load)),
+            memory=tuple(self.memory),
             context=self._max_length,
             kv_tokens=llama.llama_n_ctx(self._context),
             max_sequences=load.max_sequences,
@@ -111,20 +224,30 @@ class LlamaRunner:
             # split_equal puts ids into one graph only if each is the one before it plus 1.
             streams=not self._unified,
             # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
-            sharing=not (
-                llama.llama_model_is_recurrent(self._model)
-                or llama.llama_model_is_hybrid(self._model)
-            ),
+            sharing=not self._has_states,
             n_vocab=self._n_vocab,
             n_embd=llama.llama_model_n_embd(self._model),
-            chat_template=self._chat_template(),
+            chat_template=load.template or self._chat_template() or self._own_template(),
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
             end_tokens=frozenset(ends),
             infill=self._infill(),
             controls=self._controls(),
             defaults=self._sampling_defaults(),
+            cells=self._cells(),
+            exactness=self._exactness,
+            cpu_variant=cpu_library().variant,
         )
+
+    def _cells(self) -> str:
+        """llama.cpp chooses LongRoPE's factors by the size of the context (`get_rope_factors`), and
+        what it saves of a sequence knows the number of streams."""
+        name = f"{self._architecture}.rope.scaling.original_context_length"
+        text = metadata(self._model, name)
+        original = number_of(text) or llama.llama_model_n_ctx_train(self._model)
+        is_long = llama.llama_n_ctx_seq(self._context) > original
+        streams = 1 if self._unified else llama.llama_n_seq_max(self._context)
+        return f"{'long' if is_long else 'short'} {streams}"
 
     def _chat_template(self) -> str | None:
         """The file's template; Command R and Hermes have another for tools."""
@@ -140,6 +263,11 @@ class LlamaRunner:
         # Jinja drops a template's last newline.
         for_tools, plain = for_tools.removesuffix("\n"), plain.removesuffix("\n")
         return f"{_IF_TOOLS}{for_tools}{{% else %}}{plain}{{% endif %}}"
+
+    def _own_template(self) -> str | None:
+        """Ours for the model's family."""
+        tokens = set(map(self._token_text, range(self._n_vocab)))
+        return own_templates.find(self._architecture, tokens.__contains__)
 
     def _infill(self) -> tuple[int, int, int] | None:
         tokens = (
@@ -236,6 +364,13 @@ class LlamaRunner:
                 return buffer.raw[:length]
             room = -length
 
+    def vocabulary(self) -> Vocabulary:
+        vocab = self._vocab
+        bos = llama.llama_vocab_bos(vocab) if llama.llama_vocab_get_add_bos(vocab) else None
+        eos = llama.llama_vocab_eos(vocab) if llama.llama_vocab_get_add_eos(vocab) else None
+        texts = [llama.llama_vocab_get_text(vocab, token) for token in range(self._n_vocab)]
+        return Vocabulary(llama.llama_vocab_type(vocab), bos, eos, texts)
+
     def decode(self, batch: Batch) -> Float32:
         parts = self._parts(batch)
         if len(parts) == 1:
@@ -254,6 +389,8 @@ class LlamaRunner:
         """llama.cpp's CPU attention works in tiles from 64 tokens on.  That is fast for a prompt;
         with the next tokens of many sequences in one pool it computes the attention of each to
         the cells of all, and throws nearly all of it away."""
+        if self._exactness:
+            return llama_exact.parts(batch, pool=self._unified)
         size, single = len(batch.tokens), batch.single
         if not self._unified or size < _TILE_TOKENS or single == 0:
             return [batch]
@@ -263,16 +400,57 @@ class LlamaRunner:
         return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
 
     def _decode(self, batch: Batch) -> Float32:
-        result = llama.llama_decode(self._context, self._batch.fill(batch))
+        extra: dict[int, int] = {}
+        if self._exactness and not self._fixed_split:
+            batch, extra = llama_exact.with_company(batch, pool=self._unified, ubatch=self._ubatch)
+        filled = self._batch.fill(batch)
+        if self._mode != self._pace.mode:
+            self._change_mode(self._pace.mode)
+        began = time.perf_counter()
+        result = llama.llama_decode(self._context, filled)
+        if self._pace.observe(len(batch.tokens), time.perf_counter() - began):
+            self._say_busy()
         if result == _NO_SLOT:
             raise NoSlot
         if result != 0:
-            raise BoxError(f"llama_decode failed with {result}: {self._log.last}")
-        rows = int(np.count_nonzero(batch.outputs))
-        if rows == 0:
-            return np.empty((0, self._n_vocab), np.float32)
-        logits = llama.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, shape=(rows, self._n_vocab))
+            raise self._decode_failure(result)
+        for sequence_id, position in extra.items():
+            self.truncate(sequence_id, position)
+        rows = self._batch.outputs
+        return self._logits.rows(rows) if rows else np.empty((0, self._n_vocab), np.float32)
+
+    def _change_mode(self, mode: Mode) -> None:
+        if mode.threads != self._mode.threads:
+            llama.llama_set_n_threads(self._context, mode.threads, mode.threads)
+        self._patience.set(patient=mode.patient)
+        self._mode = mode
+
+    def _say_busy(self) -> None:
+        threads = self._pace.mode.threads
+        if self._pace.busy:
+            share = f"{self._pace.share:.0%} of their time its threads had no processor"
+            text = f"the machine is busy: {share}; it computes with {threads} for now"
+        else:
+            text = f"the machine is quiet again: it computes with {threads} threads"
+        sys.stderr.write(f"{NOTICE}{text}\n")
+        sys.stderr.flush()
+
+    def _decode_failure(self, result: int) -> BoxError:
+        where = ", ".join(each.device for each in self.memory)
+        why = self._log.last or "no reason given"
+        return BoxError(f"computing on {where}: llama_decode failed with {result}: {why}")
+
+    def decode_image(self, piece: EncodedPiece, position: int, sequence_id: int) -> None:
+        batch = ImageBatch(piece, position, sequence_id)
+        llama.llama_set_causal_attn(self._context, piece.causal)
+        try:
+            result = llama.llama_decode(self._context, batch.batch)
+        finally:
+            llama.llama_set_causal_attn(self._context, True)
+        if result == _NO_SLOT:
+            raise NoSlot
+        if result != 0:
+            raise self._decode_failure(result)
 
     def _take_back(self, batch: Batch) -> None:
         for sequence_id in np.unique(batch.sequence_ids):
@@ -294,11 +472,32 @@ class LlamaRunner:
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
         self.truncate(target, length)
 
+    def state(self, sequence_id: int, max_bytes: int) -> memoryview | None:
+        size = llama.llama_state_seq_get_size(self._context, sequence_id)
+        if size > max_bytes:
+            return None
+        data = np.empty(size, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        count = llama.llama_state_seq_get_data(self._context, pointer, size, sequence_id)
+        return data[:count].data
+
+    def restore(self, sequence_id: int, state: bytearray) -> bool:
+        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        used = llama.llama_state_seq_set_data(self._context, data, len(state), sequence_id)
+        return bool(used) and used == len(state)
+
     def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         if self._embedder is not None:
             self._embedder.close()
             self._embedder = None
-        self._embedder = Embedder(self._model, size, self._max_length, self._threads)
+        self._embedder = Embedder(
+            self._model,
+            size,
+            self._max_length,
+            self._threads,
+            self._adapters,
+            without_blas=self._devices.without_blas,
+        )
         return self._embedder.capacity
 
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
@@ -310,15 +509,9 @@ class LlamaRunner:
         if self._embedder is not None:
             self._embedder.close()
         llama.llama_free(self._context)
+        if self.projector is not None:
+            self.projector.close()
         llama.llama_model_free(self._model)
-
-
-def _load_backends() -> None:
-    # With GGML_BACKEND_DL the CPU variants are libraries of their own; ggml picks the best one
-    # that this machine can run.  A build with a fixed backend has nothing to load here.
-    directory = Path(llama.__file__).parent / "lib"
-    llama._lib.ggml_backend_load_all_from_path(os.fsencode(directory))
-    llama.llama_backend_init()
 
 
 def _load_from_offset(
@@ -340,53 +533,6 @@ def _load_from_offset(
         libc.fclose(file)
 
 
-class _Log:
-    """Keeps llama.cpp's last error for our messages, and forwards warnings to stderr.  The line
-    that ends a failed load does not give the reason, which is in the line before."""
-
-    def __init__(self) -> None:
-        self.last = ""
-        self._level = 0
-
-    def __call__(self, level: int, text: bytes, _user_data: object) -> None:
-        if level != _CONTINUED:  # else it goes on with the line before
-            self._level = level
-        if self._level not in (_WARNING, _ERROR):
-            return
-        line = text.decode(errors="replace").strip()
-        if self._level == _ERROR and line and not (self.last and line.endswith(_LOAD_FAILED)):
-            self.last = line
-        os.write(2, text)
-
-
-_kept_alive: list[object] = []  # C holds the callback for the life of the process
-
-
-def _capture_log() -> _Log:
-    log = _Log()
-    callback = llama.llama_log_callback(log)
-    _kept_alive.append(callback)
-    llama.llama_log_set(callback, None)
-    return log
-
-
-def _device_name() -> str:
-    lib = llama._lib
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.argtypes = (ctypes.c_size_t,)
-    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_description.argtypes = (ctypes.c_void_p,)
-    lib.ggml_backend_dev_description.restype = ctypes.c_char_p
-    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
-    return ", ".join(lib.ggml_backend_dev_description(device).decode() for device in devices)
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once (they do not help matmuls)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    return len(cores)
+def _build() -> str:
+    """Names the source that the kernels were compiled from, with what `build/llama.patch` adds."""
+    return f"llama-cpp-python {llama_cpp.__version__}"

@@ -110,7 +110,94 @@ class Tools(Struct, frozen=True):
     parallel: bool = True
 
 
+# -- devices and memory ------------------------------------------------------------------------
+
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+Split = Literal["layer", "tensor", "none"]
+Exact = bool | Literal["auto"]
+DeviceKind = Literal["cpu", "gpu", "igpu", "accel"]
+CPU = "CPU"  # the device that every machine has
+
+
+class ListedDevice(Struct, frozen=True):
+    """What ggml can compute on, by its name there ("CPU", "CUDA0", "Vulkan0"); memory in bytes.
+
+    `description` is the maker's name of it, `pci_id` its address as in "0000:c1:00.0", empty where
+    there is none.  An integrated GPU ("igpu") and an accelerator ("accel") use the machine's
+    memory.
+    """
+
+    name: str
+    description: str
+    kind: DeviceKind
+    pci_id: str = ""
+    total: int = 0
+    free: int = 0
+
+
+class Backend(Struct, frozen=True):
+    """A library of ggml for other devices than the CPU, by its name ("cuda", "vulkan"), and how
+    many devices it has.  `problem` is why it could not be loaded, `missing` the library that was
+    not found, if that is why; `stand_ins` are libraries that only look like those that it needs."""
+
+    name: str
+    devices: int = 0
+    problem: str = ""
+    missing: str = ""
+    stand_ins: list[str] = []
+
+
+class DeviceMemory(Struct, frozen=True):
+    """The bytes that an engine takes on a device: of the model's weights, of the KV cache (and of
+    recurrent states), and of the buffers for computing."""
+
+    device: str
+    weights: int = 0
+    cache: int = 0
+    compute: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute
+
+
+class OutOfMemory(Struct, frozen=True):
+    """A buffer that could not be allocated: its device and its bytes (0 if not known), and what was
+    to be stored there."""
+
+    device: str = ""
+    wanted: int = 0
+    purpose: Literal["weights", "cache", "compute", ""] = ""
+
+
 # -- parent to child ---------------------------------------------------------------------------
+
+
+class Adapter(Struct, frozen=True):
+    """A LoRA adapter's file, and by what its weights are multiplied before they are added."""
+
+    path: str
+    scale: float = 1.0
+
+
+class DraftFiles(Struct, frozen=True):
+    """The files of a draft model; see LoadModel."""
+
+    path: str
+    offset: int = 0
+    parts: list[str] = []
+    model: str = ""
+    adapters: list[Adapter] = []
+
+
+class SavedPrefixes(Struct, frozen=True):
+    """Where computed prefixes are kept while an engine is not loaded: the secret `key` is of the
+    box and the model; all files in the folder have `max_bytes` at most.  See
+    `engine.prefix_store`."""
+
+    folder: str
+    key: bytes
+    max_bytes: int
 
 
 class LoadModel(Struct, frozen=True, tag=True):
@@ -119,7 +206,19 @@ class LoadModel(Struct, frozen=True, tag=True):
     Sizes are in tokens, `offset` is that of the model within the file in bytes, and `threads` 0
     means all physical cores.  `drafting` allows prompt lookup.  With `parse_special` control tokens
     are also recognised in messages and in texts to embed.  For a model in several files, `parts`
-    lists all of them; `path` is the first.
+    lists all of them; `path` is the first.  `template` (Jinja) is used in place of the file's.
+    `projector` is the file with which it sees images, of that digest (SHA-256 in hex).
+
+    `devices` are the names of those that get the model, in this order; if there is none, all GPUs
+    do, and with "CPU" alone none does.  The last `gpu_layers` of the layers (the output counts as
+    one) are on them, all if it is negative: split by layers in the proportions of `tensor_split`
+    (or of free memory), or each layer's tensors by these ("tensor"), or with "none" all on
+    `main_device` (the first).
+
+    `adapters` are added to the model.  `draft` is a smaller model, which is loaded beside it, onto
+    the same devices, and proposes tokens.  `exact` is whether it should give the same bits whatever
+    else is computed, "auto" if that costs next to nothing (`engine.exactness`); `cpu_variant` is
+    the variant of ggml's library for the CPU, the best if it is empty.
     """
 
     path: str
@@ -134,6 +233,31 @@ class LoadModel(Struct, frozen=True, tag=True):
     parts: list[str] = []
     model: str = ""
     parse_special: bool = False
+    template: str = ""
+    devices: list[str] = []
+    gpu_layers: int = -1
+    split: Split = "layer"
+    tensor_split: list[float] = []
+    main_device: str = ""
+    kv_type: KvType = "f16"
+    projector: str = ""
+    projector_digest: str = ""
+    saved: SavedPrefixes | None = None
+    adapters: list[Adapter] = []
+    draft: DraftFiles | None = None
+    exact: Exact = False
+    cpu_variant: str = ""
+
+
+class ListDevices(Struct, frozen=True, tag=True):
+    """The first frame of a child that only answers with Devices."""
+
+
+class Probe(Struct, frozen=True, tag=True):
+    """The first frame of a child that answers with Probed (or LoadFailed) what the model would take
+    if it were loaded so; it reads the header and allocates neither weights nor cache."""
+
+    load: LoadModel
 
 
 class Add(Struct, frozen=True, tag=True):
@@ -142,6 +266,9 @@ class Add(Struct, frozen=True, tag=True):
     * `read`: the prompt's tokens, if it was counted before; `thinking` says how they end (see
       Prompt).
     * `template`: more variables for the template.
+    * `images`: the files of the images in the messages, by their SHA-256 in hex.  A message with
+      images has a list of parts as its content: `{"type": "text", "text": ...}`, and for each image
+      `{"type": "image", "sha256": ...}`.
     * `suffix`: the output is what stands between `prompt` and this text.
     * `output`: the tokens that earlier legs of this request have made.  The sequence goes on after
       them and sends only new tokens; `max_tokens` counts all.
@@ -180,6 +307,7 @@ class Add(Struct, frozen=True, tag=True):
     echo: bool = False
     scored: int = 0
     unsaid: int = 0
+    images: dict[str, bytes] = {}
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -218,13 +346,20 @@ class Named(Struct, frozen=True, tag=True):
     texts: list[str]
 
 
-ToEngine = LoadModel | Add | Cancel | Tokenize | Embed | Named
+class SavePrefixes(Struct, frozen=True, tag=True):
+    """Save the prefixes that were used last; the answer is PrefixesSaved.  The engine is about to
+    be unloaded."""
+
+
+ToEngine = LoadModel | ListDevices | Probe | Add | Cancel | Tokenize | Embed | Named | SavePrefixes
 
 # -- child to parent ---------------------------------------------------------------------------
 
 
 class Ready(Struct, frozen=True, tag=True):
-    """The model is loaded.  `build` names the llama.cpp version, `device` what computes.
+    """The model is loaded.  `build` names the llama.cpp version, `device` what computes: those
+    devices that have layers, by their makers' names.  `memory` says what it takes on each.
+    `exactness` is as in `engine.exactness`, `cpu_variant` what computes on the CPU.
 
     `tool_style` and `thinks` say how it writes (see `chat_format`).
     """
@@ -237,10 +372,32 @@ class Ready(Struct, frozen=True, tag=True):
     defaults: SamplingDefaults
     tool_style: str = "tags"
     thinks: bool = False
+    memory: list[DeviceMemory] = []
+    exactness: str = ""
+    cpu_variant: str = ""
 
 
 class LoadFailed(Struct, frozen=True, tag=True):
+    """Why the model is not loaded; `memory` is set if a device had too little."""
+
     message: str
+    memory: OutOfMemory | None = None
+
+
+class Devices(Struct, frozen=True, tag=True):
+    """The answer to ListDevices."""
+
+    devices: list[ListedDevice]
+    backends: list[Backend] = []
+
+
+class Probed(Struct, frozen=True, tag=True):
+    """The answer to Probe: what it would take.  Weights and cache are llama.cpp's sums, not divided
+    among devices; `compute` is by the device, "CPU" for the host's."""
+
+    weights: int
+    cache: int
+    compute: dict[str, int]
 
 
 class Tokenized(Struct, frozen=True, tag=True):
@@ -318,7 +475,7 @@ class Output(_Addressed, Struct, array_like=True, dict=True):
 
 class EngineLoad(Struct, frozen=True):
     """How busy the engine is, after a step.  `kv_used` (by running sequences) and `kv_cached` (left
-    by finished ones, and free when needed) in tokens."""
+    by finished ones, and free when needed) in tokens.  Of the drafted tokens some were accepted."""
 
     waiting: int = 0
     running: int = 0
@@ -328,6 +485,9 @@ class EngineLoad(Struct, frozen=True):
     tokens_computed: int = 0
     tokens_cached: int = 0
     preemptions: int = 0
+    tokens_restored: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
 
 
 class StepFrame(Struct, frozen=True, tag=True):
@@ -340,7 +500,17 @@ class StepFrame(Struct, frozen=True, tag=True):
     load: EngineLoad
 
 
-FromEngine = Ready | LoadFailed | StepFrame | Tokenized
+class PrefixesSaved(Struct, frozen=True, tag=True):
+    """How many there are, their tokens, and their bytes."""
+
+    prefixes: int = 0
+    tokens: int = 0
+    size: int = 0
+
+
+FromEngine = PrefixesSaved | Ready | LoadFailed | Devices | Probed | StepFrame | Tokenized
+
+NOTICE = "notice: "  # begins the lines that a child prints for the box's log
 
 _encoder = msgspec.msgpack.Encoder()
 # Of a frame's body.

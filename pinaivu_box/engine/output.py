@@ -77,11 +77,12 @@ class OutputBuffer:
         self._refused: list[Refused] = []
         self._deltas: dict[str, Output] = {}
         self._load = EngineLoad()
+        self._logprobs = 0  # taken since the last frame
 
     @property
     def large(self) -> bool:
         """Whether the next frame should go out before more is taken."""
-        return sum(len(delta.logprobs) for delta in self._deltas.values()) > _MAX_FRAME_LOGPROBS
+        return self._logprobs > _MAX_FRAME_LOGPROBS
 
     def take(self, event: PreparedRequest | Refused | StepOutput) -> list[str]:
         """Add an event.  Returns the ids of sequences that a stop string has just ended."""
@@ -104,7 +105,7 @@ class OutputBuffer:
     def frame(self) -> StepFrame:
         """All that was taken since the last frame."""
         frame = StepFrame(self._prompts, self._refused, self._deltas, self._load)
-        self._prompts, self._refused, self._deltas = {}, [], {}
+        self._prompts, self._refused, self._deltas, self._logprobs = {}, [], {}, 0
         return frame
 
     def _refuse(self, refused: Refused) -> None:
@@ -123,20 +124,27 @@ class OutputBuffer:
         sequence = self._open.get(request_id)
         if sequence is None:
             return False
-        delta, detokenizer = self._delta(request_id, sequence), sequence.detokenizer
-        delta.tokens.append(token)
-        delta.text += detokenizer.push(token)
-        if detokenizer.stopped:
-            delta.finish_reason = "stop"
-            delta.stop_string = detokenizer.stop_string
-            del self._open[request_id]
-        return detokenizer.stopped
+        text = sequence.detokenizer.push(token)
+        delta = self._deltas.get(request_id)
+        if delta is None:  # the usual case, once a token
+            delta = Output(text, [token], shifted_tokens=sequence.shifted_tokens)
+            self._deltas[request_id] = delta
+        else:
+            delta.tokens.append(token)
+            delta.text += text
+        stop_string = sequence.detokenizer.stop_string
+        if stop_string is None:
+            return False
+        delta.finish_reason, delta.stop_string = "stop", stop_string
+        del self._open[request_id]
+        return True
 
     def _add(self, output: SequenceOutput) -> bool:
         """Returns whether a stop string has ended the sequence."""
         sequence = self._open.get(output.id)
         if sequence is None:
             return False  # a stop string had ended it before the engine knew
+        self._logprobs += len(output.logprobs) + len(output.prompt_logprobs)
         delta, detokenizer = self._delta(output.id, sequence), sequence.detokenizer
         # Those of an earlier leg's output wait with its text.
         waiting = sequence.withheld if detokenizer.holds else delta.logprobs

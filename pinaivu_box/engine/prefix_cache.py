@@ -163,6 +163,18 @@ class PrefixCache:
         """The cached sequence to evict next, None if there is none (other than `excluding`)."""
         return next((cached for cached in self._cached if cached != excluding), None)
 
+    def newest(self) -> list[int]:
+        """The cached sequences, the most recently used first."""
+        return list(reversed(self._cached))
+
+    def share_of(self, sequence_id: int) -> PrefixScope:
+        return self._shares[sequence_id]
+
+    def tokens_of(self, sequence_id: int) -> list[int]:
+        """The tokens of all its cells."""
+        nodes = reversed(list(self._path(sequence_id)))
+        return [token for node in nodes for token in node.tokens]
+
     def length(self, sequence_id: int) -> int:
         """How many cells the sequence has, shared ones included."""
         return sum(len(node.tokens) for node in self._path(sequence_id))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING
 from pinaivu_box import chat_format
 from pinaivu_box.engine.detokenizer import Detokenizer, text_of
 from pinaivu_box.engine.embeddings import EmbeddingJob
+from pinaivu_box.engine.images import (
+    FIRST_IMAGE_TOKEN,
+    ImageMarks,
+    ImageReader,
+    ImageSpan,
+    PromptImage,
+)
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
@@ -47,6 +54,15 @@ _SHORT_CHARACTERS = 16_384  # so many are tokenized at once, whatever they are
 
 
 @dataclass(frozen=True)
+class _ReadPrompt:
+    """A prompt's tokens, whether they end inside the model's thoughts, and where images are."""
+
+    tokens: list[int]
+    thinking: bool = False
+    images: list[ImageSpan] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class PreparedRequest:
     """What the output buffer needs (`prompt`, `detokenizer`), and what is scheduled: after
     `compile`, if there is a grammar to compile.  That may take seconds, and end in a refusal."""
@@ -75,6 +91,7 @@ class RequestPreparer:
         self._statistics = DraftStatistics()
         self._sandboxes = sandboxes
         self.template = SandboxedTemplate(sandboxes.templates, facts, load)
+        self.images = ImageReader(sandboxes.images, runner.projector)
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
     def set_named_prefixes(self, texts: list[str]) -> None:
@@ -109,10 +126,10 @@ class RequestPreparer:
                 tokens = self._read(request.prompt, _MAX_ANSWER_TOKENS, self._runner.tokenize_text)
                 return Tokenized(name, tokens)
             limit = max(self._context, _MAX_ANSWER_TOKENS)
-            tokens, thinking = self._prompt(request, limit, cancellation, exact=message.count)
+            prompt = self._prompt(request, limit, cancellation, exact=message.count)
             if message.count:
-                return Tokenized(name, [], thinking=thinking, count=len(tokens))
-            return Tokenized(name, tokens, thinking=thinking)
+                return Tokenized(name, [], thinking=prompt.thinking, count=len(prompt.tokens))
+            return Tokenized(name, prompt.tokens, thinking=prompt.thinking)
         except Exception as error:
             if isinstance(error, TooManyTokens) and message.count:
                 return Tokenized(name, [], count=error.count)
@@ -122,7 +139,8 @@ class RequestPreparer:
             return self._refused(name, error, _prompt_param(request))
 
     def _prepare(self, add: Add, cancellation: Cancellation | None) -> PreparedRequest:
-        prompt, thinking = self._prompt(add, self._context, cancellation)
+        read = self._prompt(add, self._context, cancellation)
+        prompt, thinking = read.tokens, read.thinking
         self._check_tokens(add.output, "messages")
         if not prompt:
             raise _invalid("prompt", "the prompt is empty")
@@ -141,7 +159,8 @@ class RequestPreparer:
         room = self._context - len(prompt)
         # Without a limit of its own a request never needs a context shift: it would never end.
         max_tokens = room if add.max_tokens is None else add.max_tokens
-        limit = max_tokens if self._context_shift else min(max_tokens, room)
+        shifts = self._context_shift and not read.images
+        limit = max_tokens if shifts else min(max_tokens, room)
         sequence = Sequence(
             id=add.id,
             tenant=add.tenant,
@@ -156,6 +175,7 @@ class RequestPreparer:
             drafter=self._make_drafter(add) if self._drafting and limit <= room else None,
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
+            images=read.images,
             share=self._named.share(add.scope, prompt) if add.named else PrefixScope(add.scope),
         )
         for token in add.output:  # it may have shifted, as it did in that leg
@@ -248,24 +268,50 @@ class RequestPreparer:
             raise TooManyTokens(len(tokens) + unread)
         return tokens
 
+    def _read_with_images(
+        self, parts: list[list[str]], images: list[PromptImage], limit: int
+    ) -> tuple[list[int], list[ImageSpan]]:
+        """The same of a prompt with images, one between two texts of a part; and where they are.
+        Raises BadRequest if nothing comes after the last one."""
+        tokens: list[int] = []
+        spans: list[ImageSpan] = []
+        following = iter(images)
+        for number, texts in enumerate(parts):
+            tokenize = partial(self._runner.tokenize_text, special=number % 2 == 0)
+            for place, text in enumerate(texts):
+                if place:
+                    more, found = self.images.tokens([next(following)], len(tokens))
+                    tokens, spans = tokens + more, spans + found
+                whole_prompt = number == place == 0
+                tokens += self._read(text, limit, None if whole_prompt else tokenize)
+                if len(tokens) > limit:
+                    raise TooManyTokens(len(tokens), exact=False)
+        if tokens and tokens[-1] >= FIRST_IMAGE_TOKEN:
+            raise _invalid("messages", "the prompt ends with an image: add text after it")
+        return tokens, spans
+
     def _prompt(
         self, add: Add, limit: int, cancellation: Cancellation | None, *, exact: bool = False
-    ) -> tuple[list[int], bool]:
-        """The tokens of the prompt, and whether they end inside the model's thoughts.  Raises
-        TooManyTokens."""
+    ) -> _ReadPrompt:
+        """Raises TooManyTokens."""
+        images = self.images.read(add.messages, add.images, cancellation)
         if add.read is not None:
-            self._check_tokens(add.read, "messages")
-            return add.read, add.thinking
+            spans = self.images.found(images, add.read) if images else []
+            self._check_tokens(
+                [t for t in add.read if t < FIRST_IMAGE_TOKEN or not spans], "messages"
+            )
+            return _ReadPrompt(add.read, add.thinking, spans)
         if isinstance(add.prompt, list):
             self._check_tokens(add.prompt, "prompt")
-            return add.prompt, False
+            return _ReadPrompt(add.prompt)
         if add.suffix:
-            return self._infill(add.prompt or "", add.suffix, limit), False
+            return _ReadPrompt(self._infill(add.prompt or "", add.suffix, limit))
         if add.prompt is not None:
-            return self._read(add.prompt, limit, exact=exact), False
+            return _ReadPrompt(self._read(add.prompt, limit, exact=exact))
+        marks = ImageMarks()
         try:
             parts = self.template.parts(
-                add.messages,
+                marks.marked(add.messages) if images else add.messages,
                 add.tools.functions if add.tools else None,
                 add.template,
                 cancellation,
@@ -274,7 +320,11 @@ class RequestPreparer:
             raise ContextOverflow.of(self._context + 1, self._context, exact=False) from None
         text = "".join(parts)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
-        return self._read_parts(parts, limit, exact=exact), thinking
+        if not images:
+            return _ReadPrompt(self._read_parts(parts, limit, exact=exact), thinking)
+        marks.check(text)
+        tokens, spans = self._read_with_images(list(map(marks.split, parts)), images, limit)
+        return _ReadPrompt(tokens, thinking, spans)
 
     def _infill(self, prefix: str, suffix: str, limit: int) -> list[int]:
         """In the order that models were trained with: prefix, suffix, then what is between."""

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine.messages import SamplingDefaults
+from pinaivu_box.engine.messages import DeviceMemory, SamplingDefaults
+from pinaivu_box.engine.vocabulary import Vocabulary
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -37,6 +38,9 @@ class ModelFacts:
     `sequence_ids` how many ids it knows.  Without `sharing` (recurrent models) cells can neither be
     copied nor cut.  With `streams` (see `llama_runner`) a batch is best in order of sequence ids.
     `controls` are the texts of control tokens, which only a template or a raw prompt can write.
+    `memory` is what was taken on each device.  With an `exactness` each token of a sequence gives
+    the same bits whatever else is computed, if it is computed as `exact_path` says; the text says
+    on which engines they are the same.  `cpu_variant` is that of ggml's library for the CPU.
     """
 
     build: str
@@ -56,6 +60,14 @@ class ModelFacts:
     streams: bool = False
     controls: tuple[str, ...] = ()
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    cells: str = ""  # what the contents of cells depend on beside model, build and type
+    memory: tuple[DeviceMemory, ...] = ()
+    exactness: str = ""
+    cpu_variant: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.exactness)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Batch:
     """One step's input: parallel arrays of n tokens.
 
     `outputs` is 1 where the logits of that position are wanted; sequence ids are below
-    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.
+    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.  A batch
+    `in_blocks` holds whole blocks of sequences (`exact_path`), one sequence after another.
     """
 
     tokens: Int32
@@ -71,6 +84,7 @@ class Batch:
     sequence_ids: Int32
     outputs: npt.NDArray[np.int8]
     single: int = 0
+    in_blocks: bool = False
 
     @classmethod
     def of(
@@ -80,9 +94,17 @@ class Batch:
         sequence_ids: Sequence[int],
         outputs: Sequence[int],
         single: int = 0,
+        *,
+        in_blocks: bool = False,
     ) -> Batch:
-        ids, flags = np.array(sequence_ids, np.int32), np.array(outputs, np.int8)
-        return cls(np.array(tokens, np.int32), np.array(positions, np.int32), ids, flags, single)
+        return cls(
+            np.array(tokens, np.int32),
+            np.array(positions, np.int32),
+            np.array(sequence_ids, np.int32),
+            np.array(outputs, np.int8),
+            single,
+            in_blocks,
+        )
 
     def part(self, start: int, stop: int) -> Batch:
         """Its tokens from `start` to before `stop`."""
@@ -93,6 +115,7 @@ class Batch:
             self.sequence_ids[here],
             self.outputs[here],
             max(0, min(self.single, stop) - start),
+            self.in_blocks,
         )
 
 
@@ -108,25 +131,75 @@ class EmbeddingCapacity:
     whole: bool = False
 
 
+@dataclass(frozen=True)
+class ImagePiece:
+    """Part of an image as a prompt has it: `tokens` of the text around it, or else `cells` that the
+    projector fills, after which the next position is `advance` further."""
+
+    tokens: tuple[int, ...] = ()
+    cells: int = 0
+    advance: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedPiece:
+    """What a projector made of a piece: `embeddings`, shape (cells, n); and `positions` in each
+    dimension that the model has, relative to the piece's own, shape (dimensions, cells).  Unless
+    it is `causal`, all of it has to be computed at a time, each cell with attention to all."""
+
+    embeddings: Float32
+    positions: Int32
+    causal: bool = True
+
+    def part(self, start: int, stop: int) -> EncodedPiece:
+        """Its cells from `start` to before `stop`."""
+        here = slice(start, stop)
+        return EncodedPiece(self.embeddings[here], self.positions[:, here], self.causal)
+
+
+class Projector(Protocol):
+    """What makes a model see images."""
+
+    @property
+    def digest(self) -> str:
+        """Of its file: SHA-256 in hex."""
+        ...
+
+    def pieces(self, width: int, height: int) -> list[ImagePiece]:
+        """What an image of that size takes in a prompt.  For any thread.  Raises BoxError."""
+        ...
+
+    def encode(self, width: int, height: int, rgb: bytes) -> list[EncodedPiece]:
+        """The pieces of an image that have cells, in order.  Takes long, beside `decode` of the
+        same runner; for one thread.  Raises BoxError."""
+        ...
+
+
 class KVCells(Protocol):
-    """The cells of the KV cache, by sequence id."""
+    """The cells of the KV cache, by sequence id.  A sequence has one for each position, unless it
+    has images: theirs may have positions in common."""
 
     def remove(self, sequence_id: int) -> None:
         """Free every cell of a sequence."""
         ...
 
     def truncate(self, sequence_id: int, length: int) -> None:
-        """Free the cells of a sequence from position `length` on."""
+        """Free the cells of a sequence from position `length` (which is not 0) on."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give the empty sequence `target` the first `length` cells of `source`."""
+        """Give the empty sequence `target` the cells of `source` before position `length`."""
         ...
 
 
 class Runner(KVCells, Protocol):
     @property
     def facts(self) -> ModelFacts: ...
+
+    @property
+    def projector(self) -> Projector | None:
+        """None if the model sees no images."""
+        ...
 
     def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
         """Tokens of a prompt, with those that the vocabulary puts around one; unless it is not
@@ -152,11 +225,28 @@ class Runner(KVCells, Protocol):
         """The same, but control tokens as a prompt has them."""
         ...
 
+    def vocabulary(self) -> Vocabulary:
+        """For comparing it with that of another model; reading it takes a moment."""
+        ...
+
     def decode(self, batch: Batch) -> Float32:
         """Compute the batch; returns logits, shape (number of outputs, n_vocab), in batch order.
 
         The array is valid until the next call.  Raises NoSlot.
         """
+        ...
+
+    def decode_image(self, piece: EncodedPiece, position: int, sequence_id: int) -> None:
+        """Compute (a part of) a piece of an image that begins at that position of the sequence.
+        Raises NoSlot."""
+        ...
+
+    def state(self, sequence_id: int, max_bytes: int) -> memoryview | None:
+        """What the cells of a sequence hold, for `restore`; None if that is more."""
+        ...
+
+    def restore(self, sequence_id: int, state: bytearray) -> bool:
+        """Give an empty sequence such cells.  Returns False if that is not possible."""
         ...
 
     def prepare_embedding(self, size: int) -> EmbeddingCapacity:

@@ -25,68 +25,25 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pinaivu_box.engine import single_row
 from pinaivu_box.engine.messages import Sampling, TokenLogprob
 from pinaivu_box.engine.runner import Float32, Int32
+from pinaivu_box.engine.splitmix import NOISE_SPAN, UInt64, gumbels, row_keys
+from pinaivu_box.engine.top_k import Ids, top_k
 
 Float64 = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.intp]
-UInt64 = npt.NDArray[np.uint64]
 Positions = Sequence[int] | Int32
 
 _NONE: Ids = np.empty(0, np.intp)
 _GREEDY, _TYPICAL = -1, -2  # kinds of rows beside their top-k
 _REPEAT_LAST_TOKENS = 64  # llama.cpp's default of penalty_last_n
 _MAX_BATCHED_TOP_K = 256  # a larger top-k is drawn row by row
-# Tokens are looked at in columns of so many first: only columns whose best token is good enough are
-# looked into.  One pass over the vocabulary, then almost nothing.
-_COLUMN = 32
+_FEW = 4  # rows, which are drawn one by one
 _INITIAL_DEPTH = 6.0  # in logits; e^-6 of the best one
 _MIN_LOGITS_PER_THREAD = 1 << 20  # logits; half a millisecond's work or more
 _MAX_THREADS = (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 )
-
-# SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_MASK = 2**64 - 1
-
-# Noise comes from 32-bit uniforms (n + 1/2) / 2^32, so it lies in [-3.14, 22.88].
-_NOISE_MAX = -math.log(-math.log1p(-(2.0**-33)))
-_NOISE_MIN = -math.log(33 * math.log(2))
-# A token whose scaled logit is this far below the best one loses whatever the noise: the cut of
-# the candidates at this distance is exact.
-NOISE_SPAN = _NOISE_MAX - _NOISE_MIN
-
-
-def splitmix64(seeds: UInt64, n: UInt64) -> UInt64:
-    """The n-th output (from 0) of SplitMix64 started at each seed; the arrays are broadcast."""
-    z = seeds + np.uint64(_GOLDEN) * (n + np.uint64(1))  # array arithmetic wraps around
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(_MIX_1)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(_MIX_2)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def gumbel_noise(seed: int, position: int, ids: Ids) -> Float64:
-    """Standard Gumbel noise for token `ids` at `position`; shape of `ids`.
-
-    The uniform of token i is from the i-th output of SplitMix64 started at the position-th output
-    of SplitMix64 started at the seed.
-    """
-    seeds, positions = np.array([seed & _MASK], np.uint64), np.array([position], np.uint64)
-    return _noise(splitmix64(seeds, positions), ids)
-
-
-def _noise(keys: UInt64, ids: Ids) -> Float64:
-    uniform = (splitmix64(keys, ids.astype(np.uint64)) >> np.uint64(32)).astype(np.float64)
-    uniform += 0.5
-    uniform *= 2.0**-32
-    noise = -np.log(-np.log(uniform))
-    return np.asarray(noise, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -141,9 +98,13 @@ class Sampler:
         self._samplings = samplings
         self._end_tokens = end_tokens
         self._adjusted = [
-            row for row, sampling in enumerate(samplings)
-            if sampling.ignore_eos or sampling.logit_bias or sampling.looks_back
-        ]  # fmt: skip
+            row
+            for row, sampling in enumerate(samplings)
+            if sampling.logit_bias or sampling.looks_back
+        ]
+        endless = [row for row, sampling in enumerate(samplings) if sampling.ignore_eos]
+        self._endless = np.array(endless, np.intp)[:, np.newaxis]
+        self._seeds = [sampling.seed for sampling in samplings]
         kinds: dict[int, list[int]] = {}
         for row, sampling in enumerate(samplings):
             kinds.setdefault(_kind(sampling), []).append(row)
@@ -154,18 +115,29 @@ class Sampler:
         self, logits: Float32, positions: Positions, windows: Sequence[PenaltyWindow] = ()
     ) -> list[int]:
         """Tokens of the rows of `logits`, which may be changed, at these positions."""
+        return self.draw_keyed(logits, self.keys(np.asarray(positions)), windows)
+
+    def keys(self, positions: Int32 | Ids) -> UInt64:
+        """What keys the noise of each row at these positions, shape (…, rows)."""
+        return row_keys(self._seeds, positions)
+
+    def draw_keyed(
+        self, logits: Float32, keys: UInt64, windows: Sequence[PenaltyWindow] = ()
+    ) -> list[int]:
+        """As `draw`, from the `keys` of the rows' positions, shape (rows,)."""
         for row in self._adjusted:
             window = windows[row] if self._samplings[row].looks_back else NO_WINDOW
-            _adjust(logits[row], self._samplings[row], window, self._end_tokens)
+            _adjust(logits[row], self._samplings[row], window)
+        if self._endless.size:
+            logits[self._endless, self._end_tokens] = -np.inf
         if not self._groups:
             self._groups = self._grouped(logits.shape[1])
-        positions = np.asarray(positions)
         if len(self._groups) == 1:
-            return self._groups[0].draw(logits, positions)
+            return self._groups[0].draw(logits, keys)
         # Most of it is done outside the interpreter's lock.
         run = map if logits.size <= 2 * _MIN_LOGITS_PER_THREAD else _threads().map
         tokens = [0] * len(self._samplings)
-        drawn = run(lambda group: group.draw(logits, positions), self._groups)
+        drawn = run(lambda group: group.draw(logits[group.index], keys[group.index]), self._groups)
         for group, of_group in zip(self._groups, drawn, strict=True):
             for row, token in zip(group.rows, of_group, strict=True):
                 tokens[row] = token
@@ -195,30 +167,33 @@ class _Group:
         self._kind = kind
         # The logits of all rows are many megabytes: do not copy them without need.
         contiguous = rows[-1] - rows[0] == len(rows) - 1
-        self._index = slice(rows[0], rows[-1] + 1) if contiguous else np.array(rows)
+        self.index = slice(rows[0], rows[-1] + 1) if contiguous else np.array(rows)
         self.samplings = [samplings[row] for row in rows]
+        self._few = 0 < kind <= _MAX_BATCHED_TOP_K and len(rows) <= _FEW
+        if self._few or kind == _GREEDY:
+            return
         self.temperature = np.array([[each.temperature] for each in self.samplings])
-        self.top_p = np.array([[each.top_p] for each in self.samplings])
         self.min_p = np.array([[each.min_p] for each in self.samplings])
-        self.seeds = np.array([each.seed & _MASK for each in self.samplings], np.uint64)
-        self.truncates = bool((self.top_p < 1).any())
+        self.truncates = any(each.top_p < 1 for each in self.samplings)
+        # Of the whole mass; it never reaches infinity, so that nothing is cut.
+        top_p = [[each.top_p if each.top_p < 1 else math.inf] for each in self.samplings]
+        self.top_p = np.array(top_p)
 
-    def draw(self, logits: Float32, positions: Int32) -> list[int]:
-        """Tokens of its rows; the arguments are those of all rows."""
-        logits, positions = logits[self._index], positions[self._index]
+    def draw(self, logits: Float32, keys: UInt64) -> list[int]:
+        """Tokens of its rows."""
         if self._kind == _GREEDY:
-            greedy: list[int] = logits.argmax(axis=1).tolist()
-            return greedy
+            return _integers(logits.argmax(axis=1))
+        if self._few:
+            return [
+                single_row.draw_one(row, sampling, key)
+                for row, sampling, key in zip(logits, self.samplings, keys.tolist(), strict=True)
+            ]
         if 0 < self._kind <= _MAX_BATCHED_TOP_K:
-            return _draw_top_k(logits, self, positions, self._kind)
+            return _draw_top_k(logits, self, keys, self._kind)
         return [
-            _draw_one(row, sampling, int(position))
-            for row, sampling, position in zip(logits, self.samplings, positions, strict=True)
+            _draw_one(row, sampling, key)
+            for row, sampling, key in zip(logits, self.samplings, keys, strict=True)
         ]
-
-    def keys(self, positions: Int32) -> UInt64:
-        """What keys each row's noise, shape (rows, 1)."""
-        return splitmix64(self.seeds, positions.astype(np.uint64))[:, np.newaxis]
 
 
 def _kind(sampling: Sampling) -> int:
@@ -227,10 +202,11 @@ def _kind(sampling: Sampling) -> int:
     return _TYPICAL if sampling.typical_p < 1 else sampling.top_k
 
 
-def _adjust(row: Float32, sampling: Sampling, window: PenaltyWindow, end_tokens: Ids) -> None:
+def _adjust(row: Float32, sampling: Sampling, window: PenaltyWindow) -> None:
     """Apply penalties and biases, in place."""
     if sampling.repeat_penalty != 1 and len(window.tokens):
         ids = np.unique(np.array(window.tokens[-_REPEAT_LAST_TOKENS:], np.intp))
+        ids = ids[ids < len(row)]  # those of images are beyond the vocabulary
         penalty = np.float32(sampling.repeat_penalty)
         row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
     if len(window.tokens) > window.prompt_length:
@@ -240,78 +216,42 @@ def _adjust(row: Float32, sampling: Sampling, window: PenaltyWindow, end_tokens:
         row[ids] -= subtracted.astype(np.float32)
     for token, bias in sampling.logit_bias.items():
         row[int(token)] += bias
-    if sampling.ignore_eos:
-        row[end_tokens] = -np.inf
 
 
 # -- top-k: the candidates of all rows in one matrix ---------------------------------------------
 
 
-def _draw_top_k(logits: Float32, group: _Group, positions: Int32, k: int) -> list[int]:
+def _draw_top_k(logits: Float32, group: _Group, keys: UInt64, k: int) -> list[int]:
     ids, values = top_k(logits, k)
     weights = np.exp((values - values[:, :1]).astype(np.float64))
-    dropped = weights < group.min_p
+    kept = weights >= group.min_p
     if group.truncates:
         mass = weights.cumsum(axis=1)
         # The first token that reaches the mass is the last one kept.
-        beyond = mass[:, :-1] >= mass[:, -1:] * group.top_p
-        dropped[:, 1:] |= beyond & (group.top_p < 1)
-    scores = values / group.temperature
-    scores += _noise(group.keys(positions), ids)
-    scores[dropped] = -np.inf
-    tokens: list[int] = ids[np.arange(len(ids)), scores.argmax(axis=1)].tolist()
-    return tokens
+        kept[:, 1:] &= mass[:, :-1] < mass[:, -1:] * group.top_p
+    # Each row keeps its first ones: often so few that the rest need not be looked at.
+    width = int(kept.sum(axis=1).max())
+    if width <= 1:
+        return _integers(ids[:, 0])
+    ids, kept = ids[:, :width], kept[:, :width]
+    scores = values[:, :width] / group.temperature
+    scores += gumbels(keys[:, np.newaxis], ids)
+    scores[~kept] = -np.inf
+    return _integers(ids[np.arange(len(ids)), scores.argmax(axis=1)])
 
 
-def top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
-    """Ids and logits of each row's k largest, best first; among equals the lower id.
-
-    Shapes (rows, min(k, n_vocab)).
-    """
-    rows, n_vocab = logits.shape
-    columns = n_vocab // _COLUMN
-    if columns <= 2 * k:
-        return _largest(logits, np.broadcast_to(np.arange(n_vocab), logits.shape), k)
-    # Column c holds the tokens c, c + columns, …: their maxima are one streaming pass.
-    whole = columns * _COLUMN
-    peaks = logits[:, :whole].reshape(rows, _COLUMN, columns).max(axis=1)
-    chosen = peaks.argpartition(columns - k, axis=1)[:, columns - k :]
-    inside = (chosen[:, np.newaxis] + np.arange(0, whole, columns)[:, np.newaxis]).reshape(rows, -1)
-    if whole < n_vocab:
-        rest = np.broadcast_to(np.arange(whole, n_vocab), (rows, n_vocab - whole))
-        inside = np.concatenate([inside, rest], axis=1)
-    ids, values = _largest(logits, inside, k)
-    # k columns have a token as good as the k-th: another column can only have its equal.
-    tied = (peaks >= values[:, -1:]).sum(axis=1) > k
-    for row in np.flatnonzero(tied):
-        ids[row] = np.argsort(-logits[row], kind="stable")[:k]
-        values[row] = logits[row, ids[row]]
-    return ids, values
-
-
-def _largest(logits: Float32, candidates: Ids, k: int) -> tuple[Ids, Float32]:
-    """The k largest of each row's candidates, as `top_k` gives them."""
-    size = candidates.shape[1]
-    row = np.arange(len(logits))[:, np.newaxis]
-    values = logits[row, candidates]
-    if size > 2 * k:
-        best = values.argpartition(size - k, axis=1)[:, size - k :]
-        kth = values[row, best[:, :1]]
-        ties = int((values >= kth).sum(axis=1).max())
-        if ties > k:  # equals of the k-th that were left out may have lower ids
-            best = values.argpartition(size - ties, axis=1)[:, size - ties :]
-        candidates, values = candidates[row, best], values[row, best]
-    order = np.lexsort((candidates, -values), axis=1)[:, :k]
-    return candidates[row, order], values[row, order]
+def _integers(ids: Ids) -> list[int]:
+    listed: list[int] = ids.tolist()
+    return listed
 
 
 # -- without top-k: one row's survivors -----------------------------------------------------------
 
 
-def _draw_one(logits: Float32, sampling: Sampling, position: int) -> int:
+def _draw_one(logits: Float32, sampling: Sampling, key: np.uint64) -> int:
     ids = survivors(logits, sampling)
     scores = logits[ids].astype(np.float64) / sampling.temperature
-    return int(ids[np.argmax(scores + gumbel_noise(sampling.seed, position, ids))])
+    return int(ids[np.argmax(scores + gumbels(key, ids))])
 
 
 def survivors(logits: Float32, sampling: Sampling) -> Ids:

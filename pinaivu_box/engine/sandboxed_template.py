@@ -9,8 +9,9 @@ import msgspec
 
 from pinaivu_box import chat_format
 from pinaivu_box.backoff import delay
-from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render, TemplateSetup
+from pinaivu_box.engine.chat_template import INSTEAD, Render, TemplateSetup
 from pinaivu_box.engine.messages import LoadModel
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.engine.runner import ModelFacts
 from pinaivu_box.engine.sandboxes import SandboxRun
 from pinaivu_box.errors import ApiError, BadRequest
@@ -26,10 +27,10 @@ _SUSPEND_SECONDS, _MAX_SUSPEND_SECONDS = 30.0, 3600.0
 
 
 class SandboxedTemplate:
-    """The template of a model's file, or CHATML if it has none.
+    """A model's chat template.
 
     `style` and `thinks` say how the model writes (see `chat_format`).  A template that cannot be
-    used refuses chats; all else that the model can do works.
+    used, or that there is none, refuses chats; all else that the model can do works.
     """
 
     def __init__(self, run: SandboxRun, facts: ModelFacts, load: LoadModel) -> None:
@@ -37,7 +38,7 @@ class SandboxedTemplate:
         self._model = f"model '{load.model}'" if load.model else "the model's file"
         source = facts.chat_template
         setup = TemplateSetup(
-            source or CHATML,
+            source or "",
             facts.bos,
             facts.eos,
             min(facts.context * _MAX_TOKEN_BYTES, _MAX_PROMPT_CHARACTERS),
@@ -50,7 +51,13 @@ class SandboxedTemplate:
         self._unusable = ""
         self.style = chat_format.TAGS
         self.thinks = False
-        if source is not None:  # CHATML knows no tools: the sandbox need not be asked
+        if source is None:
+            self._unusable = (
+                f"{self._model[0].upper()}{self._model[1:]} has no chat template, and its family "
+                "is none that this box knows: set `template` for it in the configuration, or use "
+                "completions, which need no template."
+            )
+        elif source != CHATML:  # which knows no tools: the sandbox need not be asked
             self._examine(source)
 
     def _examine(self, source: str) -> None:

@@ -7,61 +7,30 @@ sequence starts with the cells of the longest prefix that another one of its sco
 (`PrefixCache`); one whose prefix is being computed right now waits for it.  When the KV cache has
 no room for the next tokens, cached sequences are evicted, then the youngest is preempted and later
 recomputed from its tokens: position-keyed sampling makes it go on as if nothing had happened.
+
+In exact mode (`exact_path`) blocks of prompts have steps of their own, which take turns with those
+of all else.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from pinaivu_box.engine import exact_path
+from pinaivu_box.engine.batch_chunk import BatchChunk
+from pinaivu_box.engine.draft_model import DraftModel
+from pinaivu_box.engine.drafting import MAX_DRAFT_TOKENS, Drafting
 from pinaivu_box.engine.fairness import FairQueue, State
-from pinaivu_box.engine.ngram_drafter import expected_accepted
-from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache, PrefixScope
 from pinaivu_box.engine.runner import KVCells
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.step_cost import StepCostModel
+from pinaivu_box.engine.step_cost import MIN_PROMPT_TOKENS, StepCostModel
 
 _MAX_STEADY_STEPS = 64
-MAX_DRAFT_TOKENS = 63  # a step of 64 rows is as long as one token should take
 MIN_AWAITED_TOKENS = 32  # of a prefix that another sequence is computing
 # Positions of prompts that give logits in one step: of a vocabulary of 260,000 that is 130 MB.
 MAX_SCORED_POSITIONS = 128
-
-
-@dataclass(frozen=True)
-class BatchChunk:
-    """`count` known tokens of `sequence` from its position `start`, then `draft`.
-
-    Logits come from the last known token if no other follows it, from each drafted one, and from
-    the positions `scored`, for the log-probabilities of the prompt's tokens after them.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    draft: abc.Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        return self.count + len(self.draft)
-
-    @property
-    def wants_logits(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
-
-    @property
-    def rows(self) -> int:
-        """How many of its logits are drawn from."""
-        return 1 + len(self.draft) if self.wants_logits else 0
-
-    @property
-    def scored(self) -> range:
-        unscored = self.sequence.unscored
-        if not unscored:
-            return unscored
-        start, end = self.start, self.start + self.count
-        return range(max(start, unscored.start), min(end, unscored.stop))
 
 
 class Scheduler:
@@ -69,7 +38,9 @@ class Scheduler:
 
     It copies and frees `cells` of the KV cache as sequences start and end.  The cache has `ids`
     sequence ids: those beyond `max_sequences` can keep finished sequences.  Without `sharing`, as
-    for recurrent models, no cells are ever shared, kept or cut.
+    for recurrent models, no cells are ever shared, kept or cut.  With a `draft_model`, that is told
+    what happens to cells, and tells the model.  With `exact`, each token is computed in one way
+    whatever else there is (`exact_path`).
     """
 
     def __init__(
@@ -82,6 +53,8 @@ class Scheduler:
         step_cost: StepCostModel,
         ids: int = 0,
         sharing: bool = True,
+        draft_model: DraftModel | None = None,
+        exact: bool = False,
     ) -> None:
         self.kv_tokens = kv_tokens
         self.max_sequences = max_sequences
@@ -91,8 +64,12 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.prefixes = PrefixCache()
         self.preemptions = 0
-        self._cells = cells
+        self._cells: KVCells = cells if draft_model is None else draft_model
         self._step_cost = step_cost
+        longest_draft = exact_path.MAX_DRAFT_TOKENS if exact else MAX_DRAFT_TOKENS
+        self.drafting = Drafting(step_cost, draft_model, longest_draft)
+        self._exact = exact
+        self._computed_in_blocks = 0  # tokens of the last step, if that was one of blocks
         self._sharing = sharing
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
         # A heap: with streams, ids without gaps between them are computed together.
@@ -113,6 +90,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        sequence.exact = self._exact
         self.waiting.push(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
@@ -123,23 +101,67 @@ class Scheduler:
         """End a sequence; its cells stay for others of its scope until they are needed."""
         self._capacity = self.kv_tokens
         self._awaited.pop(sequence, None)
+        for span in sequence.images:
+            span.image.dropped = True
         if sequence.state is not State.RUNNING:
             self.waiting.remove(sequence)
             return
         self._free(sequence, keep=True)
         self.waiting.stop(sequence)
 
-    def plan(self, *, drafting: bool = True) -> list[BatchChunk]:
-        """Returns the next step.  Nothing of it counts as computed before `commit`."""
+    def adopt(self, tokens: list[int], share: PrefixScope, fill: abc.Callable[[int], bool]) -> bool:
+        """Keep a prefix that was computed elsewhere: `fill` puts its cells into the sequence id
+        that it is called with, and says whether it could.  Returns whether it is there now; older
+        ones may be gone for it."""
+        if self.prefixes.live_cells() + len(tokens) > self._capacity or not self._sharing:
+            return False
+        while not self._free_ids or self.prefixes.cells + len(tokens) > self._capacity:
+            oldest = self.prefixes.oldest()
+            if oldest is None:
+                return False
+            self._evict(oldest)
+        sequence_id = heappop(self._free_ids)
+        if not fill(sequence_id):
+            self._cells.remove(sequence_id)
+            heappush(self._free_ids, sequence_id)
+            return False
+        self.prefixes.open(sequence_id, share)
+        self.prefixes.extend(sequence_id, tokens)
+        for redundant in self.prefixes.keep(sequence_id):
+            self._evict(redundant)
+        return True
+
+    def plan(self, *, drafting: bool = True, spent: int = 0) -> list[BatchChunk]:
+        """Returns the next step, in which `spent` prompt tokens were computed before.  Nothing of
+        it counts as computed before `commit`.  It is empty if all that runs waits for images."""
         self._yield_to_fair_share()
         self._make_room(len(self.running))
+        if not self._exact:
+            return self._plan_step(drafting=drafting, spent=spent)
+        before, self._computed_in_blocks = self._computed_in_blocks, 0
+        for in_blocks in (False, True) if before else (True, False):
+            chunks = (
+                self._plan_blocks(spent)
+                if in_blocks
+                else self._plan_step(drafting=drafting, spent=spent + before, spare=before)
+            )
+            if chunks:
+                self._computed_in_blocks = sum(c.count for c in chunks if c.in_blocks)
+                return chunks
+        if any(s.text_pending for s in self.running) and not spent and self.reclaim():
+            return self.plan(drafting=drafting)  # there was no room for a whole block
+        return []
+
+    def _plan_step(self, *, drafting: bool, spent: int = 0, spare: int = 0) -> list[BatchChunk]:
+        """Next tokens and parts of prompts, in exact mode those that are computed in rows.  After a
+        step of blocks, of so many tokens, a few are computed all the same."""
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
-        budget = self._step_cost.prompt_budget(planned, self.token_budget - planned)
-        prompts = [s for s in self.running if s.pending > 1]
-        prompts.sort(key=lambda s: (self.waiting.counter(s.tenant), s.arrival))
-        for sequence in prompts:
+        budget = self._step_cost.prompt_budget(planned, self.token_budget - planned) - spent
+        if spare:
+            budget = max(budget, min(MIN_PROMPT_TOKENS, self.token_budget - planned))
+        for sequence in self._prompts():
             count = self._add_chunk(chunks, sequence, planned, budget)
             planned, budget = planned + count, budget - count
         for sequence in self._startable(budget):
@@ -149,6 +171,44 @@ class Scheduler:
         if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
         return chunks
+
+    def _plan_blocks(self, spent: int) -> list[BatchChunk]:
+        """Whole blocks of prompts; one at least, if there are any and nothing was `spent`."""
+        chunks: list[BatchChunk] = []
+        budget = self._step_cost.prompt_budget(self.streams, self.token_budget)
+        if not spent:
+            budget = max(budget, exact_path.BLOCK)
+        budget -= spent
+        for sequence in self._startable(budget):
+            self._start(sequence)
+        planned = self.streams  # whose next tokens find room as well
+        for sequence in self._prompts():
+            count = self._add_chunk(chunks, sequence, planned, budget, in_blocks=True)
+            planned, budget = planned + count, budget - count
+        return chunks
+
+    def plan_image(self) -> BatchChunk | None:
+        """The next part of an image that is ready, for a step of its own; it finds cells, and does
+        not wait for a budget if it has to be computed whole."""
+        for sequence in self._prompts():
+            span = sequence.next_image
+            piece = None if span is None or span.start > sequence.computed else span.piece
+            if span is None or piece is None:
+                continue
+            count = span.end - sequence.computed
+            if piece.causal:
+                budget = self._step_cost.prompt_budget(self.streams, self.token_budget)
+                count = exact_path.image_part(count, budget) if self._exact else min(count, budget)
+            room = self._fit(self.streams, count)
+            if room and (room == count or (piece.causal and not self._exact)):
+                return BatchChunk(sequence, sequence.computed, room)
+        return None
+
+    def _prompts(self) -> list[Sequence]:
+        """The running sequences whose prompts are not computed, in the order in which they are."""
+        prompts = [s for s in self.running if s.pending > 1]
+        prompts.sort(key=lambda s: (self.waiting.counter(s.tenant), s.arrival))
+        return prompts
 
     def steady_steps(self, chunks: list[BatchChunk]) -> int:
         """How many steps may follow the one of these chunks without a plan, each with the next
@@ -166,15 +226,7 @@ class Scheduler:
 
     def wants_draft(self) -> bool:
         """Whether it pays to check a draft in the next step, if all that runs decodes."""
-        drafting = [(s.drafter, s.tokens) for s in self.running if s.drafter is not None]
-        if not drafting or not self._pays(1.0):
-            return False  # however good the draft were
-        return any(self._pays(drafter.match(tokens)) for drafter, tokens in drafting)
-
-    def _pays(self, rate: float) -> bool:
-        """Whether it pays to check a draft of that acceptance rate beside all that runs."""
-        rows = len(self.running)
-        return self._step_cost.draft_length(rows, float(rows), rate, MAX_DRAFT_TOKENS) > 0
+        return self.drafting.wants_draft(self.running)
 
     def catch_up(self, sequences: list[Sequence], steps: int) -> None:
         """After so many steady steps: each sequence has computed one token in each."""
@@ -199,14 +251,16 @@ class Scheduler:
     def accept(self, chunk: BatchChunk, count: int) -> None:
         """Note that the first `count` drafted tokens were right; they are in `tokens` by now."""
         sequence = chunk.sequence
+        self.drafting.learn(sequence, len(chunk.draft), count)
         if count:
             self._advance(sequence, sequence.computed, sequence.computed + count)
         if count < len(chunk.draft):
-            self._cells.truncate(sequence.sequence_id, sequence.computed)
+            end = sequence.position(sequence.computed)
+            self._cells.truncate(sequence.sequence_id, end)
 
     def _advance(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that its tokens from `start` to before `end` are in the KV cache."""
-        self.prefixes.extend(sequence.sequence_id, sequence.tokens[start:end])
+        self.prefixes.extend(sequence.sequence_id, sequence.cells(start, end))
         sequence.computed = end
         prompt = max(0, min(end, sequence.prompt_length) - start)
         self.waiting.charge(sequence.tenant, prompt, end - start - prompt)
@@ -249,35 +303,37 @@ class Scheduler:
     # -- what a step holds -----------------------------------------------------------------------
 
     def _add_chunk(
-        self, chunks: list[BatchChunk], sequence: Sequence, planned: int, budget: int
+        self,
+        chunks: list[BatchChunk],
+        sequence: Sequence,
+        planned: int,
+        budget: int,
+        *,
+        in_blocks: bool = False,
     ) -> int:
+        tokens = sequence.text_pending
+        if self._exact:
+            tokens = exact_path.next_tokens(sequence, in_blocks=in_blocks)
         if sequence.unscored:
             budget = min(budget, MAX_SCORED_POSITIONS - sum(len(chunk.scored) for chunk in chunks))
-        count = self._fit(planned, min(sequence.pending, budget))
+        if in_blocks:
+            budget = exact_path.whole_blocks(budget)
+        count = self._fit(planned, min(tokens, budget))
+        if in_blocks:
+            count = exact_path.whole_blocks(count)
         if count:
-            chunks.append(BatchChunk(sequence, sequence.computed, count))
+            chunks.append(BatchChunk(sequence, sequence.computed, count, in_blocks=in_blocks))
         return count
 
     def _with_drafts(self, chunks: list[BatchChunk]) -> list[BatchChunk]:
-        rows, expected = len(chunks), float(len(chunks))
-        room = min(self.token_budget, self._room()) - rows
-        drafted = []
-        for chunk in chunks:
-            sequence, drafter = chunk.sequence, chunk.sequence.drafter
-            left = min(room, sequence.max_length - len(sequence.tokens) - 1)
-            draft: list[int] = []
-            if sequence.grammar is not None and left > 0:
-                draft = sequence.grammar.forced()[: min(left, MAX_DRAFT_TOKENS)]
-                rows, room, expected = rows + len(draft), room - len(draft), expected + len(draft)
-            if drafter is not None and left > 0 and not draft:
-                rate = drafter.match(sequence.tokens)
-                max_tokens = min(left, MAX_DRAFT_TOKENS)
-                count = self._step_cost.draft_length(rows, expected, rate, max_tokens)
-                draft = drafter.draft(sequence.tokens, count)
-                rows, room = rows + count, room - count
-                expected += expected_accepted(rate, count)
-            drafted.append(BatchChunk(sequence, chunk.start, 1, draft) if draft else chunk)
-        return drafted
+        room = min(self.token_budget, self._room()) - len(chunks)
+        drafts = self.drafting.drafts([chunk.sequence for chunk in chunks], max(0, room))
+        return [
+            BatchChunk(chunk.sequence, chunk.start, 1, drafts[chunk.sequence])
+            if chunk.sequence in drafts
+            else chunk
+            for chunk in chunks
+        ]
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -310,11 +366,12 @@ class Scheduler:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
-            have, _ = self.prefixes.match(sequence.tokens, sequence.share)
+            cells = sequence.cells()
+            have, _ = self.prefixes.match(cells, sequence.share)
             best, source = have + MIN_AWAITED_TOKENS, None
             for other in (*self.running, *starting):
                 if other.pending > 1:
-                    common = sequence.share.in_common(other.share, sequence.tokens, other.tokens)
+                    common = sequence.share.in_common(other.share, cells, other.cells())
                     if common > max(best, other.computed):
                         best, source = common, other
             if source is None:
@@ -331,8 +388,11 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> tuple[int, int]:
         if not self._sharing or not sequence.max_shared_tokens:
             return 0, -1
-        length, source = self.prefixes.match(sequence.tokens, sequence.share)
-        return min(length, sequence.max_shared_tokens), source
+        length, source = self.prefixes.match(sequence.cells(), sequence.share)
+        length = sequence.whole_pieces(min(length, sequence.max_shared_tokens))
+        if self._exact:
+            length = exact_path.cut(length, sequence)
+        return length, source if length else -1
 
     def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:
         """More live cells, with one for the next token.  The id `leaves` is about to be cached."""
@@ -355,7 +415,7 @@ class Scheduler:
         if self._reuses(source, length):
             sequence.sequence_id = source
             self.prefixes.reopen(source, sequence.share, length)
-            self._cells.truncate(source, length)
+            self._cells.truncate(source, sequence.position(length))
             return
         if not self._free_ids:
             oldest = self.prefixes.oldest(excluding=source)
@@ -365,7 +425,7 @@ class Scheduler:
         sequence.sequence_id = heappop(self._free_ids)
         self.prefixes.open(sequence.sequence_id, sequence.share, source, length)
         if length:
-            self._cells.copy(source, sequence.sequence_id, length)
+            self._cells.copy(source, sequence.sequence_id, sequence.position(length))
 
     def _reuses(self, source: int, length: int) -> bool:
         if not self.prefixes.is_cached(source):
@@ -443,3 +503,5 @@ class Scheduler:
         else:
             self._evict(sequence_id)
         sequence.computed = 0
+        for span in sequence.images:
+            span.image.forget()

@@ -17,7 +17,7 @@ from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.engine.runner import Batch, Float32
 from pinaivu_box.errors import BoxError
 
-_TURN = b"<|im_start|>assistant\n"  # what the prompt of `chat_template.CHATML` ends with
+_TURN = b"<|im_start|>assistant\n"  # what the prompt of `own_templates.CHATML` ends with
 
 
 class _ScriptLine(msgspec.Struct, frozen=True):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from pinaivu_box.engine import exact_path
 from pinaivu_box.engine.fairness import QueuedRequest
+from pinaivu_box.engine.images import ImageSpan
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.ngram_drafter import NgramDrafter
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope
+from pinaivu_box.engine.sampling import NO_WINDOW, Draw, PenaltyWindow
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar  # llguidance is loaded when it is needed
@@ -22,7 +28,8 @@ class Sequence(QueuedRequest):
 
     `shifted` is how many tokens a context shift has taken out of the middle: positions in the text,
     which key the randomness and end at `max_length`, go on counting them.  Before `min_length` no
-    end token is drawn.
+    end token is drawn.  `images` are where images are in the prompt; a sequence with any is never
+    shifted.  If it is `exact`, it is computed as `exact_path` says.
     """
 
     tokens: list[int]
@@ -32,23 +39,67 @@ class Sequence(QueuedRequest):
     sampling: Sampling
     min_length: int = 0
     drafter: NgramDrafter | None = None
+    draft_rate: float | None = None  # of the draft model's tokens, how many are accepted
+    draft_from: int = 0  # tokens that it needs before the draft model is asked again
     grammar: Grammar | None = None
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
     # Given tokens whose log-probabilities are wanted: the first `scored` were reported, and those
     # up to `scored_to` (None: of the prompt) are still to be; None if none are wanted.
     scored: int | None = None
     scored_to: int | None = None
+    images: list[ImageSpan] = field(default_factory=list)
     share: PrefixScope = field(default_factory=PrefixScope)  # with whom it has cells in common
     cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
     shifted: int = 0
+    left_by_shift: int | None = None  # tokens that the last context shift has left
+    exact: bool = False
     reported: bool = False  # whether its first token here was
 
     @property
     def pending(self) -> int:
         """Tokens that are known but not yet in the KV cache; 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def images_ahead(self) -> Iterator[ImageSpan]:
+        """The pieces of images that are not wholly computed."""
+        return (span for span in self.images if span.end > self.computed)
+
+    @property
+    def next_image(self) -> ImageSpan | None:
+        """The first of them."""
+        return next(self.images_ahead, None)
+
+    @property
+    def text_pending(self) -> int:
+        """As `pending`, up to the next image."""
+        span = self.next_image if self.images else None
+        return self.pending if span is None else max(0, span.start - self.computed)
+
+    @property
+    def given(self) -> int:
+        """How many of its tokens were given at once: its prompt, or what a shift has left."""
+        return self.prompt_length if self.left_by_shift is None else self.left_by_shift
+
+    def cells(self, start: int = 0, end: int | None = None) -> list[int]:
+        """Its tokens from `start` to before `end`, as the prefix cache knows their cells."""
+        tokens = self.tokens[start:end]
+        if not self.exact:
+            return tokens
+        return exact_path.names(tokens, start, self.given, self.images)
+
+    def position(self, index: int) -> int:
+        """The position in the KV cache of the token with that index, which is in no image after the
+        first token of its piece."""
+        ahead = sum(span.cells - span.advance for span in self.images if span.start < index)
+        return index - ahead
+
+    def whole_pieces(self, length: int) -> int:
+        """The first so many tokens, or fewer, so that no piece of an image is cut."""
+        cut = (span.start for span in self.images if span.start < length < span.end)
+        return next(cut, length)
 
     @property
     def unscored(self) -> range:
@@ -72,9 +123,20 @@ class Sequence(QueuedRequest):
         del self.tokens[beginning : beginning + dropped]
         self.prompt_length = max(beginning, self.prompt_length - dropped)
         self.shifted += dropped
+        self.left_by_shift = len(self.tokens)  # all of them are computed anew
         if self.share.public > beginning:
             self.share = PrefixScope(self.share.scope)  # it no longer begins with that text
         self.drafter = None  # it knows positions that are gone
+        self.draft_from = 0
+
+    def draw(self, drafted: list[int]) -> Draw:
+        """What decides the draw of the token that comes after its own and these."""
+        sampling, window, position = self.sampling, NO_WINDOW, self.length + len(drafted)
+        if sampling.looks_back:
+            window = PenaltyWindow([*self.tokens, *drafted], self.prompt_length)
+        if position < self.min_length:
+            sampling = msgspec.structs.replace(sampling, ignore_eos=True)
+        return Draw(sampling, position, window)
 
     @property
     def length(self) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from pinaivu_box.engine.runner import Batch, Float32
-from pinaivu_box.engine.sampling import Ids, PenaltyWindow, Sampler
+from pinaivu_box.engine.sampling import PenaltyWindow, Sampler
 from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.engine.top_k import Ids
 
 
 class SteadySteps:
@@ -27,10 +28,12 @@ class SteadySteps:
         self._tokens = [sequence.tokens for sequence in sequences]
         self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
         self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
-        self._shifted = np.array([sequence.shifted for sequence in sequences], np.int32)
+        # Those of all steps at once: in each step it would take longer than what it is for.
+        positions = np.array([sequence.length for sequence in sequences])
+        self._keys = self._sampler.keys(positions + np.arange(left)[:, np.newaxis])
         self.batch = Batch.of(
             [tokens[-1] for tokens in self._tokens],
-            [sequence.computed for sequence in sequences],
+            [sequence.position(sequence.computed) for sequence in sequences],
             [sequence.sequence_id for sequence in sequences],
             [1] * len(sequences),
             single=len(sequences),
@@ -38,12 +41,12 @@ class SteadySteps:
 
     def draw(self, logits: Float32) -> list[int]:
         """Append and return each sequence's next token, drawn from the logits of `batch`."""
-        batch, sequences = self.batch, self.sequences
+        batch, sequences, positions = self.batch, self.sequences, self.batch.positions
         windows: list[PenaltyWindow] = []
         if self._looks_back:
             windows = [PenaltyWindow(each.tokens, each.prompt_length) for each in sequences]
-        batch.positions[:] += 1
-        drawn = self._sampler.draw(logits, batch.positions + self._shifted, windows)
+        positions += 1
+        drawn = self._sampler.draw_keyed(logits, self._keys[self.steps], windows)
         batch.tokens[:] = drawn
         for sequence, tokens, token in zip(sequences, self._tokens, drawn, strict=True):
             tokens.append(token)

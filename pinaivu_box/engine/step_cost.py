@@ -1,10 +1,14 @@
 """The step cost model: how long steps take, learned from the steps themselves.
 
-It answers three questions: how many prompt tokens fit into a step without stopping the streams that
-decode beside it, how many tokens of texts that are embedded, and whether verifying a draft pays.
+It answers four questions: how many prompt tokens fit into a step without stopping the streams that
+decode beside it, how many tokens of texts that are embedded, whether verifying a draft pays, and
+whether it pays if a draft model has to make it first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pinaivu_box.engine.ngram_drafter import expected_accepted
 
@@ -21,7 +25,19 @@ _MAX_FITTED_ROWS = 64  # the line for numbers of rows that never came is fitted 
 # Lengths of drafts: kernels work on fours and eights of tokens, and the fewer lengths there are,
 # the sooner it is known how long each takes.
 _DRAFT_TOKENS = (3, 7, 15, 31, 63)
+# Of drafts that a model makes: each token takes a step of that model.
+_MODEL_DRAFT_TOKENS = (1, 2, 3, 5, 7, 11, 15)
 _MIN_SPEEDUP = 1.05  # of tokens per second by a draft; less is within the noise
+
+
+@dataclass(frozen=True)
+class ModelDraft:
+    """Drafts of at most `count` tokens for the first `rows` of several rows, and how many seconds
+    a token then takes less than without them."""
+
+    rows: int = 0
+    count: int = 0
+    saved_seconds: float = 0.0
 
 
 class StepCostModel:
@@ -29,6 +45,7 @@ class StepCostModel:
 
     def __init__(self) -> None:
         self._rows: dict[int, float] = {}  # rows → seconds of a step without prompt tokens
+        self._line = _Line()  # through them, up to _MAX_FITTED_ROWS
         self._prompt_token: float | None = None  # seconds
         self._text_token: float | None = None  # seconds, of a text that is embedded
         self._text_seconds = 0.0  # taken by such texts, of the step that is planned
@@ -38,11 +55,18 @@ class StepCostModel:
     def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step of `seconds` in which `rows` tokens were decoding."""
         if not prompt_tokens:
-            self._rows[rows] = _learned(self._rows.get(rows), seconds)
+            known = self._rows.get(rows)
+            self._rows[rows] = now = _learned(known, seconds)
+            if rows <= _MAX_FITTED_ROWS:
+                self._line.put(rows, known, now)
             self._forget_old(rows)
             return
         each = max(seconds - self.seconds(rows), 0.1 * seconds) / prompt_tokens
         self._prompt_token = _learned(self._prompt_token, each)
+
+    def knows(self, rows: int) -> bool:
+        """Whether a step with so many decoding rows has been observed lately."""
+        return rows in self._rows
 
     def seconds(self, rows: int) -> float:
         """Of a step with so many decoding rows, as far as known."""
@@ -57,6 +81,11 @@ class StepCostModel:
             return self._rows[below] + part * (self._rows[above] - self._rows[below])
         nearest = below or above or 0
         return max(0.0, self._rows[nearest] + (rows - nearest) * self._slope())
+
+    @property
+    def prompt_token_seconds(self) -> float:
+        """Of one prompt token; 0 while that is not known."""
+        return self._prompt_token or 0.0
 
     def prompt_budget(self, rows: int, max_tokens: int) -> int:
         """Prompt tokens for a step beside `rows` decoding ones; at most `max_tokens`."""
@@ -98,6 +127,37 @@ class StepCostModel:
                 best, best_speed = count, tokens / seconds
         return best
 
+    def model_draft(
+        self,
+        rows: int,
+        expected: float,
+        rates: Sequence[float],
+        limits: Sequence[int],
+        draft: StepCostModel,
+    ) -> ModelDraft:
+        """For which of `rows` rows, which are `expected` tokens' worth, a draft model should draft,
+        and how much: so that there are the most tokens per second.
+
+        It may draft for those that have `rates` (see `draft_length`), the best first, and each of
+        them has a limit of tokens.  A step of the draft model costs what `draft` says.
+        """
+        plain = self.seconds(rows)
+        if not plain or not rates:
+            return ModelDraft()
+        best, best_speed = ModelDraft(), _MIN_SPEEDUP * expected / plain
+        for some in _halves(len(rates)):
+            draft_step = draft.seconds(some)
+            for count in _MODEL_DRAFT_TOKENS:
+                counts = [min(count, limit) for limit in limits[:some]]
+                if max(counts) < count:
+                    break
+                tokens = expected + sum(map(expected_accepted, rates, counts))
+                seconds = count * draft_step + self._optimistic_seconds(rows + sum(counts))
+                if tokens > best_speed * seconds:
+                    best = ModelDraft(some, count, plain / expected - seconds / tokens)
+                    best_speed = tokens / seconds
+        return best
+
     def _spare_seconds(self, rows: int) -> float:
         """How much longer a step may take than its `rows` decoding ones."""
         decoding = self.seconds(rows)
@@ -120,18 +180,48 @@ class StepCostModel:
         if self._observed % _FORGET_STEPS == 0:
             self._rows = {n: s for n, s in self._rows.items() if n in self._recent}
             self._recent.clear()
+            self._line = _Line()
+            for n, s in self._rows.items():
+                if n <= _MAX_FITTED_ROWS:
+                    self._line.put(n, None, s)
 
     def _slope(self) -> float:
-        """Seconds that one more row adds: a line through what was observed (least squares)."""
-        known = [(n, s) for n, s in self._rows.items() if n <= _MAX_FITTED_ROWS]
-        if len(known) > 1:
-            mean_n = sum(n for n, _ in known) / len(known)
-            mean_s = sum(s for _, s in known) / len(known)
-            covariance = sum((n - mean_n) * (s - mean_s) for n, s in known)
-            return max(0.0, covariance / sum((n - mean_n) ** 2 for n, _ in known))
+        """Seconds that one more row adds, as far as was observed."""
+        if self._line.count > 1:
+            return max(0.0, self._line.slope)
         if self._prompt_token is not None:
             return self._prompt_token
         return 0.25 * min(self._rows.values(), default=0.0)
+
+
+class _Line:
+    """A line through points (n, s), by least squares; from sums, since it is asked for in every
+    step and each moves one point."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._n = self._s = self._nn = self._ns = 0.0
+
+    def put(self, n: int, before: float | None, s: float) -> None:
+        """Put the point at n, where it was at `before`, if it was there, to s."""
+        if before is None:
+            self.count += 1
+            self._n += n
+            self._nn += n * n
+        more = s - (before or 0.0)
+        self._s += more
+        self._ns += n * more
+
+    @property
+    def slope(self) -> float:
+        """Of two points at least."""
+        covariance = self._ns - self._n * self._s / self.count
+        return covariance / (self._nn - self._n * self._n / self.count)
+
+
+def _halves(count: int) -> list[int]:
+    """All, half, a quarter and so on, down to 1."""
+    return [count] if count == 1 else [count, *_halves(count // 2)]
 
 
 def _fitting(seconds: float, token_seconds: float, max_tokens: int) -> int:

@@ -14,32 +14,42 @@ import threading
 import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from pinaivu_box import startup
 from pinaivu_box.engine import sandboxes
 from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.engine import Engine
-from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
+from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
 from pinaivu_box.engine.messages import (
     Cancel,
     FromEngine,
+    ListDevices,
     LoadFailed,
     LoadModel,
+    PrefixesSaved,
+    Probe,
     Ready,
     Refused,
+    SavePrefixes,
     Tokenized,
     decode_to_engine,
     encode,
     read_body,
 )
+from pinaivu_box.engine.one_answer import answer_one, load_failed
 from pinaivu_box.engine.output import OutputBuffer, StepOutput
+from pinaivu_box.engine.patience import set_patience
 from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
-from pinaivu_box.engine.runner import ModelFacts, Runner
+from pinaivu_box.engine.runner import ModelFacts
+from pinaivu_box.engine.runners import Runners, load_runners
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
-from pinaivu_box.engine.scripted_runner import ScriptedRunner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
+
+if TYPE_CHECKING:
+    from pinaivu_box.engine.prefix_store import PrefixStore
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,10 @@ class _StopStringFound:
     id: str
 
 
-Inbox = queue.SimpleQueue[Sequence | EmbeddingJob | Cancel | _StopStringFound]
+Work = Sequence | EmbeddingJob | ImageEncoded | Cancel | SavePrefixes | _StopStringFound
+Inbox = queue.SimpleQueue[Work]
 OutputEvent = PreparedRequest | Refused | StepOutput
-Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Ready | LoadFailed | None]
+Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Ready | LoadFailed | PrefixesSaved | None]
 
 
 def main() -> None:
@@ -59,6 +70,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.excepthook = _die
+    set_patience()  # before a runner loads OpenMP
     # C libraries print; what they print must not land among the frames.
     frames_out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -67,29 +79,47 @@ def main() -> None:
     if body is None:
         return
     load = decode_to_engine(body)
+    if isinstance(load, ListDevices | Probe):
+        answer_one(load, frames_in, frames_out)
+        return
     if not isinstance(load, LoadModel):
-        raise BoxError("The first frame of an engine must be LoadModel.")
+        raise BoxError("The first frame of an engine must be LoadModel, ListDevices or Probe.")
     outbox: Outbox = queue.SimpleQueue()
     inbox: Inbox = queue.SimpleQueue()
     writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
     writer.start()
     preparation: Future[PreparationQueue] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
-    threading.Thread(target=_read_frames, args=(frames_in, preparation), daemon=True).start()
+    reading = (frames_in, preparation, inbox)
+    threading.Thread(target=_read_frames, args=reading, daemon=True).start()
     children = sandboxes.start()  # while the model loads
     try:
-        runner = _make_runner(load)
-        preparer = RequestPreparer(runner, children, load)
+        runners = load_runners(load)
+        preparer = RequestPreparer(runners.model, children, load)
         preparation.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
-        engine = Engine(runner, token_budget=load.token_budget)
+        images = ImageEncoder(preparer.images, inbox.put) if runners.model.projector else None
+        store = _prefix_store(load, runners.model.facts)
+        engine = Engine(
+            runners.model,
+            token_budget=load.token_budget,
+            images=images,
+            store=store,
+            draft=runners.draft,
+        )
     except BoxError as error:
-        outbox.put(LoadFailed(error.message))
+        outbox.put(load_failed(error))
         outbox.put(None)
         writer.join()
         # At a usual exit Python would wait for the thread that reads stdin.
         os._exit(0)
-    outbox.put(_ready(runner.facts, preparer.template))
-    run(engine, inbox, outbox)
+    startup.end()
+    outbox.put(_ready(runners, preparer.template))
+    try:
+        run(engine, inbox, outbox)
+    except BoxError as error:  # a device that fails, say
+        sys.stderr.write(f"{error.message}\n")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
@@ -100,15 +130,19 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
     while True:
         if not engine.busy:
             engine.check_integrity()
-            _receive(engine, inbox.get())
+            _receive(engine, inbox.get(), outbox)
         while not inbox.empty():
-            _receive(engine, inbox.get())
+            _receive(engine, inbox.get(), outbox)
         outbox.put(engine.step())
 
 
-def _receive(engine: Engine, item: Sequence | EmbeddingJob | Cancel | _StopStringFound) -> None:
-    if isinstance(item, Sequence | EmbeddingJob):
+def _receive(engine: Engine, item: Work, outbox: Outbox) -> None:
+    if isinstance(item, SavePrefixes):
+        outbox.put(engine.save_prefixes())
+    elif isinstance(item, Sequence | EmbeddingJob):
         engine.add(item)
+    elif isinstance(item, ImageEncoded):
+        engine.encoded(item)
     else:
         engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
 
@@ -120,7 +154,8 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _ready(facts: ModelFacts, template: SandboxedTemplate) -> Ready:
+def _ready(runners: Runners, template: SandboxedTemplate) -> Ready:
+    facts = runners.model.facts
     return Ready(
         build=facts.build,
         device=facts.device,
@@ -130,21 +165,28 @@ def _ready(facts: ModelFacts, template: SandboxedTemplate) -> Ready:
         defaults=facts.defaults,
         tool_style=template.style.name,
         thinks=template.thinks,
+        memory=runners.memory,
+        exactness=facts.exactness,
+        cpu_variant=facts.cpu_variant,
     )
 
 
-def _make_runner(load: LoadModel) -> Runner:
-    if load.path.startswith(SCHEME):
-        return ScriptedRunner(load) if load.path.endswith(".json") else FakeRunner(load)
-    from pinaivu_box.engine.llama_runner import LlamaRunner
+def _prefix_store(load: LoadModel, facts: ModelFacts) -> PrefixStore | None:
+    if load.saved is None or not facts.sharing:
+        return None
+    from pinaivu_box.engine.prefix_store import PrefixStore
 
-    return LlamaRunner(load)
+    # Only what was computed as this engine computes it.
+    exactness = f"\n{facts.exactness}" if facts.exact else ""
+    return PrefixStore(load.saved, f"{facts.build}\n{load.kv_type}\n{facts.cells}{exactness}")
 
 
-def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue]) -> None:
+def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue], inbox: Inbox) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
-        if not isinstance(message, LoadModel):
+        if isinstance(message, SavePrefixes):
+            inbox.put(message)
+        elif not isinstance(message, LoadModel | ListDevices | Probe):
             preparation.result().take(message)
     os._exit(0)
 

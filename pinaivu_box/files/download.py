@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET
+
 from pinaivu_box.errors import CopyFailed, PeeringError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
+from pinaivu_box.models.projectors import name_for
 from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.models.splits import digest_of_parts, names
 from pinaivu_box.transport.link import Stream
@@ -122,8 +125,8 @@ class Download:
     of them are here, so the folder never has half a set.
 
     `sent` counts bytes by source, and `left_out` has the sources that cannot be used, and why.
-    `files` are those that were downloaded: name, digest and hashes of the pieces.  Once it is
-    `finishing` it must not be cancelled.
+    `files` are those that were downloaded: name, digest and hashes of the pieces; one of them is
+    the `projector`, if there is one.  Once it is `finishing` it must not be cancelled.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class Download:
         """`offers` is what `find` has returned, `name` that of the model in the folder, which may
         not exist yet."""
         offer = next(iter(offers.values()))
+        file_names = names(name, max(1, len(offer.parts)))
+        self.projector: Path | None = None
         self.digest, self.sources = offer.digest, list(offers)
         self.sent: Counter[DownloadSource] = Counter()
         self.left_out: dict[DownloadSource, str] = {}
@@ -150,10 +155,19 @@ class Download:
                 self.sent,
                 self.left_out,
             )
-            for number, target in enumerate(
-                folder / each for each in names(name, max(1, len(offer.parts)))
-            )
+            for number, target in enumerate(folder / each for each in file_names)
         ]
+        projector = Counter(each.projector for each in offers.values()).most_common(1)[0][0]
+        if projector is not UNSET:
+            with_it = {
+                source: projector for source, each in offers.items() if each.projector == projector
+            }
+            self.projector = folder / name_for(Path(file_names[0]))
+            # It is there when the model is seen.
+            self._parts.insert(
+                0,
+                _FileDownload(open_stream, with_it, self.projector, self.sent, self.left_out),
+            )
 
     @property
     def size(self) -> int:

@@ -34,6 +34,9 @@ class Digests:
     async def of(self, model: Model) -> str:
         """Return a model's digest in hex (see `models.catalog.digest_of`), which is read again if
         size or time of its files change.  Raises OSError."""
+        if model.adapters:
+            adapters = [await self.of(file) for file in model.adapter_files]
+            return model.digest_from(await self.of(model.base), adapters)
         if model.recorded_digest:
             return model.recorded_digest
         facts = tuple(_facts(file.path) for file in model.files)
@@ -44,6 +47,10 @@ class Digests:
     async def known(self, model: Model) -> str:
         """Return the model's digest, "" if its files would have to be read for it.  Raises
         OSError."""
+        if model.adapters:
+            base = await self.known(model.base)
+            adapters = [await self.known(file) for file in model.adapter_files]
+            return model.digest_from(base, adapters) if base and all(adapters) else ""
         if model.recorded_digest:
             return model.recorded_digest
         digests = [await self._stored(_facts(file.path)) for file in model.files]
@@ -113,6 +120,11 @@ def copied(path: Path, digest: str, hashes: bytes) -> tuple[SqlStatement, SqlSta
 def named(path: Path, digest: str) -> SqlStatement:
     """Return the statement that stores the digest of a file under another name."""
     return _insert_digest(_facts(path), digest)
+
+
+def forgotten(path: Path) -> SqlStatement:
+    """Return the statement that deletes what is stored of a file."""
+    return ("DELETE FROM model_files WHERE path = ?", (str(path),))
 
 
 async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
+from msgspec import UNSET, UnsetType
+
 from pinaivu_box.errors import LinkLost, ModelNotFound
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.files.store import Digests
@@ -163,6 +165,11 @@ class FileServer:
                 raise _Refusal(error.message) from None
             if model.is_fake:
                 raise _Refusal(f"{model.id} is a model without a file")
+        if model.adapters:
+            raise _Refusal(
+                f"{model.id} is a model with adapters, which cannot be copied as one: copy the "
+                "model that it is made of, and ask its operator for the adapters"
+            )
         if model.parts and not question.parts:
             raise _Refusal(
                 f"{model.id} is in {len(model.parts)} files, which your version of Pinaivu Box "
@@ -172,8 +179,19 @@ class FileServer:
             raise _Refusal(f"{model.id} is larger than a file that can be copied")
         digest = await self._digests.of(model)
         return file_wire.ModelAvailable(
-            question.model, digest, model.size, await self._parts(model)
+            question.model,
+            digest,
+            model.size,
+            await self._parts(model),
+            await self._projector(model),
         )
+
+    async def _projector(self, model: Model) -> file_wire.File | UnsetType:
+        if (file := model.projector_file) is None or file.size > file_wire.MAX_FILE_BYTES:
+            return UNSET
+        with suppress(OSError):  # it is gone: the model is one without
+            return file_wire.File(await self._digests.of(file), file.size)
+        return UNSET
 
     async def _parts(self, model: Model) -> tuple[file_wire.File, ...]:
         """Return the files of a model that has several."""
@@ -184,8 +202,11 @@ class FileServer:
         )
 
     async def _file(self, catalog: Catalog, digest: str) -> Model:
-        """Return a file of a model, by its own digest.  Raises _Refusal."""
-        return await self._with_digest([f for model in catalog.models for f in model.files], digest)
+        """Return a file of a model, or its projector, by its own digest.  Raises _Refusal."""
+        whole = [model for model in catalog.models if not model.adapters]
+        files = [file for model in whole for file in model.files]
+        projectors = [file for model in whole if (file := model.projector_file) is not None]
+        return await self._with_digest([*files, *projectors], digest)
 
     async def _with_digest(self, models: list[Model], beginning: str) -> Model:
         """Return the first of the models whose digest begins so.  Raises _Refusal."""

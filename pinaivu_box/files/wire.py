@@ -8,15 +8,16 @@ Who opened it asks any number of questions, one at a time; then it finishes, and
     GivePiece(digest, number)    PieceData, until the piece is complete
 
 A model in several files is found by the digest of the whole; `parts` of the answer are its files,
-and each of them is listed and sent by its own digest.  A box that can copy such a model says so in
-its question (`parts`); older ones cannot, and are refused with a sentence.
+and each of them is listed and sent by its own digest, as is a projector.  A box that can copy such
+a model says so in its question (`parts`); older ones cannot, and are refused with a sentence.  The
+digest does not cover the projector: which one goes with a model is what most of its owners say.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta, Struct, msgpack
+from msgspec import UNSET, Meta, Struct, UnsetType, msgpack
 
 from pinaivu_box.models.splits import MAX_PARTS
 from pinaivu_box.text import DIGEST, whole
@@ -63,12 +64,13 @@ class File(Struct, frozen=True):
 
 class ModelAvailable(Struct, frozen=True, tag="Have"):
     """`size` in bytes, `digest` the SHA-256 of all of them in hex; of a model in several files the
-    sum, and `models.splits.digest_of_parts`."""
+    sum, and `models.splits.digest_of_parts`.  `projector` is the file with which it sees images."""
 
     model: Name
     digest: Digest
     size: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
     parts: Annotated[tuple[File, ...], Meta(max_length=MAX_PARTS)] = ()
+    projector: File | UnsetType = UNSET
 
     @property
     def files(self) -> tuple[File, ...]:

@@ -15,6 +15,7 @@ from pinaivu_box.errors import (
     InvalidBody,
     KeyBlocked,
     ModelNotAllowed,
+    ModelNotFound,
     NoNodesAvailable,
     Unauthorized,
     quoted,
@@ -23,7 +24,8 @@ from pinaivu_box.gateway.backend import Job, Tokenizer
 from pinaivu_box.gateway.quota import MINUTE, Entry, Limits, Quota, Quotas, Reservation
 from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.names import MAX_NAME, is_model_id
+from pinaivu_box.models.names import MAX_NAME, is_model_id, spellings
+from pinaivu_box.models.prices import prices_of
 from pinaivu_box.policy import Policy
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store import keys
@@ -39,7 +41,7 @@ _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 @dataclass(frozen=True)
 class AdmittedRequest:
     """A request that may run, at these prices, with what it has reserved; `elsewhere` says whether
-    peers have its model."""
+    others, peers or upstreams, have its model."""
 
     jobs: list[Job]
     key: Key
@@ -52,7 +54,7 @@ def limits_of(key: Key) -> Limits:
     """The limits of a key as it is now."""
     policy = key.policy
     return Limits(
-        f"The key {key.prefix}...",
+        f"The key {key.label}",
         rpm=policy.rpm,
         tpm=policy.tpm,
         max_parallel=policy.max_parallel,
@@ -65,11 +67,11 @@ def limits_of(key: Key) -> Limits:
 def refusal(key: Key) -> ApiError | None:
     """Why a key cannot be used now, or None."""
     if key.revoked_at is not None:
-        return Unauthorized(f"The API key {key.prefix}... has been revoked.")
+        return Unauthorized(f"The API key {key.label} has been revoked.")
     if key.expired(now_ms()):
-        return Unauthorized(f"The API key {key.prefix}... has expired.")
+        return Unauthorized(f"The API key {key.label} has expired.")
     if key.blocked is not None:
-        return KeyBlocked(f"The API key {key.prefix}... is blocked: {key.blocked}.")
+        return KeyBlocked(f"The API key {key.label} is blocked: {key.blocked}.")
     return None
 
 
@@ -97,27 +99,27 @@ def under(key: Key, job: Job) -> Job:
     )
 
 
-class PeerModels(Protocol):
-    """The models of peers."""
+class RemoteModels(Protocol):
+    """The models of peers and of upstreams."""
 
     def find(self, model_id: str) -> Model:
-        """The model here, or else at a peer.  Raises ModelNotFound."""
+        """The model here, or else at one of them.  Raises ModelNotFound."""
         ...
 
     def remote_models(self) -> list[Model]:
-        """Those that only peers have."""
+        """Those that only they have."""
         ...
 
     def offered(self, model_id: str) -> bool:
-        """Whether any peer has it."""
+        """Whether any of them has it."""
         ...
 
 
 class Admission:
     """Admits requests: checks the model, its queue and the key, and reserves the key's quota.
 
-    `in_flight` counts the unfinished requests of a model.  `tokenizer` and `peer_models` are
-    replaced by those of a box with peers.
+    `in_flight` counts the unfinished requests of a model, `places` says how many of its sequences
+    run at a time.  `tokenizer` and `remote` are replaced by those of a box with peers.
     """
 
     def __init__(
@@ -128,7 +130,8 @@ class Admission:
         in_flight: Callable[[str], int],
     ) -> None:
         self.tokenizer = tokenizer
-        self.peer_models: PeerModels | None = None
+        self.remote: RemoteModels | None = None
+        self.places: Callable[[str], int] = lambda _: settings.config.engine.max_sequences
         self._settings, self._database, self._in_flight = settings, database, in_flight
         self._drain = asyncio.get_running_loop().create_future()
         self._quotas = Quotas(self._read_quota)
@@ -158,28 +161,48 @@ class Admission:
         return model
 
     def find(self, model_id: str, policy: Policy) -> Model:
-        """The model of that id for a key with that policy.  Raises ModelNotFound."""
-        peers = None if policy.local_only else self.peer_models
-        return (peers or self._settings.catalog).find(model_id)
+        """The model of that id, or that an alias leads to, for a key with that policy: what the key
+        may use is said by the models' own ids.  Raises ModelNotFound."""
+        catalog = self._settings.catalog
+        remote = None if policy.local_only else self.remote
+        target = catalog.aliases.target_of(model_id)
+        try:
+            return (remote or catalog).find(target or model_id)
+        except ModelNotFound as error:
+            if target is None:
+                raise
+            raise ModelNotFound(
+                f"'{quoted(model_id)}' is an alias of {target}, which is not served here.",
+                param="model",
+            ) from error
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
         models = self._settings.catalog.models
-        if self.peer_models and not policy.local_only:
-            models = [*models, *self.peer_models.remote_models()]
+        if self.remote and not policy.local_only:
+            models = [*models, *self.remote.remote_models()]
         return [model for model in models if policy.serves(model.id)]
+
+    def aliases(self, policy: Policy) -> list[tuple[str, Model]]:
+        """The aliases of what a key with that policy may use, by name."""
+        served = {model.id: model for model in self.models(policy)}
+        usable = []
+        for alias, target in self._settings.catalog.aliases.items():
+            ids = [model_id for model_id in spellings(target) if model_id in served]
+            usable += [(alias, served[model_id]) for model_id in ids[:1]]
+        return usable
 
     def _check(self, model: Model, key: Key) -> None:
         if self.draining:
-            raise _draining()
+            raise draining()
         if not key.policy.serves(model.id):
             raise ModelNotAllowed(
-                f"The key {key.prefix}... may not use {model.id}, only what fits "
+                f"The key {key.label} may not use {model.id}, only what fits "
                 f"{', '.join(key.policy.models)}.",
                 param="model",
             )
         engine = self._settings.config.engine
-        full = self._in_flight(model.id) >= engine.max_sequences + engine.max_queue
+        full = self._in_flight(model.id) >= self.places(model.id) + engine.max_queue
         if full and not self._is_elsewhere(model):
             raise NoNodesAvailable(
                 f"The queue of {model.id} is full ({engine.max_queue} requests wait): try "
@@ -188,11 +211,11 @@ class Admission:
             )
 
     def _is_elsewhere(self, model: Model) -> bool:
-        return self.peer_models is not None and self.peer_models.offered(model.id)
+        return self.remote is not None and self.remote.offered(model.id)
 
     def prices(self, key: Key, model: Model) -> Prices:
         """The key's own, or the model's, or those of all models."""
-        return key.policy.prices_of(model.id) or self._settings.config.pricing.prices_of(model.id)
+        return key.policy.prices_of(model.id) or prices_of(model, self._settings.config.pricing)
 
     async def count_request(self, key: Key) -> Entry:
         """Count a request before its body is read, for `admit`.  Raises RateLimited."""
@@ -255,7 +278,7 @@ class Admission:
         try:
             await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
             if self.draining:
-                raise _draining()
+                raise draining()
             return reading.result()
         finally:
             reading.add_done_callback(ignore_exception)
@@ -267,13 +290,16 @@ class Admission:
         prompts: dict[int, Tokenized] = {}
         for job in jobs:
             if job.prompt_number not in prompts:
-                prompts[job.prompt_number], context = await self.tokenizer.tokenize(job)
+                prompts[job.prompt_number], found = await self.tokenizer.tokenize(job)
+                context = max(context, found)
         return [job.with_prompt(prompts[job.prompt_number]) for job in jobs], context
 
     def _max_tokens(self, job: Job, context: int) -> int:
         """Tokens that the answer can have at most."""
+        if job.prompt_estimate is not None:  # at an upstream, which knows its context
+            return job.max_tokens or 0
         shifts = self._settings.config.engine.context_shift
-        room = math.inf if shifts else context - len(job.prompt_tokens or ())
+        room = math.inf if shifts else context - job.prompt_length
         return int(max(0, min(job.max_tokens or 0, room)))
 
     async def _read_quota(self, key_id: str) -> Quota:
@@ -291,7 +317,11 @@ def _capped(
     jobs: list[Job], prompt: int, context: int, prices: Prices, limits: Limits, money: int | None
 ) -> list[Job]:
     """With the limit that the client left to the box: what context, tpm and `money` allow."""
-    rooms = [context - max(len(job.prompt_tokens or ()) for job in jobs)]
+    longest = max(job.prompt_length for job in jobs)
+    if jobs[0].prompt_estimate is not None:
+        # Rather too much, and the upstream itself refuses what is too long.
+        longest = min(longest, context - context // 4)
+    rooms = [context - longest]
     if limits.tpm is not None:
         rooms.append((limits.tpm - prompt) // len(jobs))
     price = prices.most(0, 1)
@@ -301,11 +331,11 @@ def _capped(
     return [replace(job, max_tokens=max(1, min(rooms))) for job in jobs]
 
 
-def _draining() -> NoNodesAvailable:
+def draining() -> NoNodesAvailable:
     return NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
 
 
 def _prompt_tokens(jobs: Sequence[Job]) -> int:
     """Choices share their prompt, and it is paid once."""
-    prompts = {job.prompt_number: job.prompt_tokens or [] for job in jobs}
-    return sum(map(len, prompts.values()))
+    prompts = {job.prompt_number: job.prompt_length for job in jobs}
+    return sum(prompts.values())

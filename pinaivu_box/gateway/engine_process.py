@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import math
+import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from pinaivu_box import child
 from pinaivu_box.engine.messages import (
-    LENGTH_BYTES,
+    NOTICE,
     Add,
     Cancel,
     Embed,
@@ -20,53 +24,78 @@ from pinaivu_box.engine.messages import (
     LoadFailed,
     LoadModel,
     Named,
+    OutOfMemory,
     Output,
+    PrefixesSaved,
     Prompt,
     Ready,
     Refused,
+    SavePrefixes,
     StepFrame,
     ToEngine,
     Tokenize,
     Tokenized,
-    body_length,
-    decode_from_engine,
     encode,
 )
 from pinaivu_box.errors import BoxError, EngineLost
-from pinaivu_box.gateway.mailbox import Mailbox
+from pinaivu_box.gateway.frame_pipe import FramePipe, joined
+from pinaivu_box.gateway.placement_plan import EngineKey, Start
+from pinaivu_box.gateway.throughput import Throughput
+from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.memory import cpu_ticks, resident
 from pinaivu_box.models.names import printable
 
 log = logging.getLogger("pinaivu.engine")
 
-# What a request's mailbox carries; None says that the engine is gone.
+# What a request hears of its engine; None says that it is gone.
 Item = Prompt | Refused | Output | Tokenized | None
 _STOP_SECONDS = 5.0
+_SAVE_SECONDS = 10.0
 _MAX_LINE_CHARACTERS = 1000  # of what the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
 
 
 class StartFailed(BoxError):
-    """The engine did not come up; the message says why."""
+    """The engine did not come up; the message says why.  `memory` is set if a device had too little
+    memory."""
+
+    def __init__(self, message: str, memory: OutOfMemory | None = None) -> None:
+        super().__init__(message)
+        self.memory = memory
 
 
 class EngineProcess:
-    """One engine process.  Each request that it has got has a mailbox."""
+    """One engine process.  Each request that it has got has a receiver, which is called with what
+    the engine says of it, while its frame is read.
 
-    def __init__(self, model_id: str, model_digest: str, load: LoadModel) -> None:
-        self.model_id = model_id
+    `number` tells it from every other process of this box, `replica` from those that have the same
+    model."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self, model: Model, model_digest: str, load: LoadModel, replica: int, plan: Start
+    ) -> None:
+        self.number = next(self._numbers)
+        self.model, self.model_id, self.replica = model, model.id, replica
         self.model_digest = model_digest
+        self.plan = plan  # where it is, and why
         self.load = EngineLoad()
+        self.throughput = Throughput()
         self.ready: Ready
         self.users = 0  # requests that hold it, also before they are sent
         self.idle_since = time.monotonic()
         # By tenant: when it last used it, and for how many seconds it then wanted to keep it.
         self.uses: dict[str, tuple[float, float | None]] = {}
         self.unloading: asyncio.TimerHandle | None = None
-        self.started_at = time.monotonic()
+        self.to_unload = False  # once those who use it now have left
+        self.interval = math.inf  # mean seconds between uses, of lately
+        self.used_at = 0.0
+        self.started_at = self.ready_at = time.monotonic()
         self.closed = asyncio.Event()
+        self._saved = asyncio.Event()
         self._load_frame = load
-        self._mailboxes: dict[str, Mailbox[Item]] = {}
+        self._receivers: dict[str, Callable[[Item], None]] = {}
         self._messages = 0  # sent and received
         self.last_lines: deque[str] = deque(maxlen=20)  # that it has printed
         self._process: asyncio.subprocess.Process
@@ -75,6 +104,41 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def key(self) -> EngineKey:
+        return EngineKey(self.model_id, self.replica)
+
+    @property
+    def launched(self) -> bool:
+        """Whether there is a process already."""
+        return bool(self._tasks)
+
+    @property
+    def used(self) -> bool:
+        """Whether a request has ever used it."""
+        return self.used_at > 0
+
+    @property
+    def load_seconds(self) -> float:
+        return self.ready_at - self.started_at
+
+    @property
+    def memory_by_device(self) -> Mapping[str, int]:
+        """What it has taken; as was planned where it cannot tell."""
+        taken = {each.device: each.total for each in self.ready.memory}
+        return {**self.plan.layout.memory, **taken}
+
+    def use(self) -> None:
+        """Note one more user."""
+        now = time.monotonic()
+        if self.used:
+            seconds = now - self.used_at
+            first = self.interval == math.inf
+            self.interval = seconds if first else 0.8 * self.interval + 0.2 * seconds
+        self.used_at = now
+        self.users += 1
+        self.to_unload = False
 
     @property
     def alive(self) -> bool:
@@ -90,21 +154,29 @@ class EngineProcess:
         if child.executable_replaced():
             # Another version's child need not understand us, nor have the model that we signed.
             raise StartFailed("its executable was replaced since the box started; start it anew")
-        self._process = await asyncio.create_subprocess_exec(
-            *child.command("engine"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        pipe = FramePipe(partial(self._take, loaded))
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *child.command("engine"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=pipe.writer,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except BaseException:
+            pipe.close()
+            raise
+        finally:
+            os.close(pipe.writer)
         self._tasks = [
-            asyncio.create_task(self._read_frames(loaded)),
+            asyncio.create_task(self._notice_end(pipe, loaded)),
             asyncio.create_task(self._read_stderr()),
             asyncio.create_task(self._kill_if_hung()),
         ]
         self._send(self._load_frame)
         try:
             self.ready = await asyncio.wait_for(loaded, seconds)
+            self.ready_at = time.monotonic()
         except TimeoutError:
             await self.stop()
             raise StartFailed(f"it was not ready after {seconds:g} seconds") from None
@@ -112,17 +184,14 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def submit(self, message: Add | Embed | Tokenize) -> Mailbox[Item]:
-        """Hand over a request; the one answer to a Tokenize is Tokenized or Refused.  Raises
-        EngineLost if the child is gone."""
+    def submit(self, message: Add | Embed | Tokenize, receive: Callable[[Item], None]) -> None:
+        """Hand over a request; the one answer to a Tokenize is Tokenized or Refused.  `receive`
+        raises nothing.  Raises EngineLost if the child is gone."""
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
-        mailbox: Mailbox[Item] = Mailbox()
-        self._mailboxes[message.request.id if isinstance(message, Tokenize) else message.id] = (
-            mailbox
-        )
+        request_id = message.request.id if isinstance(message, Tokenize) else message.id
+        self._receivers[request_id] = receive
         self._send(message)
-        return mailbox
 
     def name_prefixes(self, texts: Sequence[str]) -> None:
         """Beginnings of prompts that are shared from now on; see `engine.messages.Named`."""
@@ -130,11 +199,21 @@ class EngineProcess:
             self._send(Named(list(texts)))
 
     def cancel(self, request_id: str) -> None:
-        if self.alive and request_id in self._mailboxes:
+        if self.alive and request_id in self._receivers:
             self._send(Cancel(request_id))
 
     def forget(self, request_id: str) -> None:
-        self._mailboxes.pop(request_id, None)
+        self._receivers.pop(request_id, None)
+
+    async def save_prefixes(self) -> None:
+        """Have it save what its next engine can use; nobody uses it any more."""
+        if self._load_frame.saved is None or not self.alive:
+            return
+        self._send(SavePrefixes())
+        waits = [asyncio.create_task(each.wait()) for each in (self._saved, self.closed)]
+        await asyncio.wait(waits, timeout=_SAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     async def stop(self) -> None:
         """Close its stdin, which ends it; kill it if it does not go."""
@@ -143,9 +222,21 @@ class EngineProcess:
         try:
             await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
         except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+            await self._kill()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _kill(self) -> None:
+        """Kill it; one that a driver does not let go is left behind."""
+        self._process.kill()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+        except TimeoutError:
+            log.error("the engine of %s cannot be killed", self.model_id)
+            self.closed.set()
+            self._tell_all_of_end()
+            for task in self._tasks:
+                if task is not asyncio.current_task():
+                    task.cancel()
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -155,48 +246,59 @@ class EngineProcess:
             with contextlib.suppress(ConnectionError):  # its end is noticed when reading
                 self._process.stdin.write(encode(message))
 
-    async def _read_frames(self, loaded: asyncio.Future[Ready]) -> None:
-        stream = self._process.stdout
-        if stream is None:
-            raise RuntimeError("the engine was started without a pipe")
+    async def _notice_end(self, pipe: FramePipe, loaded: asyncio.Future[Ready]) -> None:
         try:
-            while True:
-                header = await stream.readexactly(LENGTH_BYTES)
-                self._handle(
-                    decode_from_engine(await stream.readexactly(body_length(header))), loaded
-                )
-        except asyncio.IncompleteReadError:
-            pass  # the child has ended
+            await pipe.ended
         except Exception:
             log.exception("unreadable frame from the engine of %s; stopping it", self.model_id)
             self._process.kill()
+        finally:
+            pipe.close()
         await self._process.wait()
         self._close(loaded)
 
+    def _take(self, loaded: asyncio.Future[Ready], frames: Sequence[FromEngine]) -> None:
+        self._messages += len(frames)
+        for frame in joined(frames):
+            if isinstance(frame, StepFrame):
+                self._take_step(frame)
+            else:
+                self._handle(frame, loaded)
+
+    def _take_step(self, frame: StepFrame) -> None:
+        self.load = frame.load
+        self.throughput.note(frame.load.tokens_computed)
+        for request_id, prompt in frame.prompts.items():
+            self._deliver(request_id, prompt)
+        for refused in frame.refused:
+            self._deliver(refused.id, refused)
+        receiver_of = self._receivers.get
+        for request_id, output in frame.outputs.items():
+            if (receive := receiver_of(request_id)) is not None:
+                receive(output)
+
     def _handle(self, frame: FromEngine, loaded: asyncio.Future[Ready]) -> None:
-        self._messages += 1
         match frame:
-            case StepFrame():
-                self.load = frame.load
-                for request_id, prompt in frame.prompts.items():
-                    self._deliver(request_id, prompt)
-                for refused in frame.refused:
-                    self._deliver(refused.id, refused)
-                for request_id, output in frame.outputs.items():
-                    self._deliver(request_id, output)
             case Tokenized():
                 self._deliver(frame.id, frame)
+            case PrefixesSaved():
+                self._saved.set()
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
                 # It quotes llama.cpp, and that the file.
-                why = printable(frame.message)
-                loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
+                why = f"the model could not be loaded: {printable(frame.message)}"
+                loaded.set_exception(StartFailed(why, frame.memory))
 
     def _deliver(self, request_id: str, item: Item) -> None:
-        mailbox = self._mailboxes.get(request_id)
-        if mailbox is not None:
-            mailbox.put(item)
+        receive = self._receivers.get(request_id)
+        if receive is not None:
+            receive(item)
+
+    def _tell_all_of_end(self) -> None:
+        receivers, self._receivers = self._receivers, {}
+        for receive in receivers.values():
+            receive(None)
 
     def _close(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()
@@ -207,9 +309,7 @@ class EngineProcess:
             loaded.set_exception(
                 StartFailed(f"the model could not be loaded, the engine {how}: {printed}")
             )
-        for mailbox in self._mailboxes.values():
-            mailbox.put(None)
-        self._mailboxes.clear()
+        self._tell_all_of_end()
 
     async def _kill_if_hung(self) -> None:
         """A step may take long on a slow machine; but then it computes."""
@@ -218,10 +318,10 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.closed.wait(), _HUNG_SECONDS)
             ticks = cpu_ticks(self.pid)
-            now = None if ticks is None or not self._mailboxes else (self._messages, ticks)
+            now = None if ticks is None or not self._receivers else (self._messages, ticks)
             if now is not None and now == seen:
                 log.error("the engine of %s hangs; ending it", self.model_id)
-                self._process.kill()
+                await self._kill()
             seen = now
 
     async def _read_stderr(self) -> None:
@@ -230,7 +330,10 @@ class EngineProcess:
             text = printable(line.decode(errors="replace").rstrip(), _MAX_LINE_CHARACTERS)
             if text:
                 self.last_lines.append(text)
-                log.debug("%s: %s", self.model_id, text)
+                if text.startswith(NOTICE):
+                    log.warning("%s: %s", self.model_id, text.removeprefix(NOTICE))
+                else:
+                    log.debug("%s: %s", self.model_id, text)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,10 +23,13 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.errors import ApiError, EngineLost, by_code
 from pinaivu_box.gateway.backend import Event, Job, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
+from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.prefix_affinity import beginning_of
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineBuild
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.tasks import ignore_exception
 
 
 class LocalBackend:
@@ -62,7 +65,8 @@ class LocalBackend:
         answered = False
         try:
             request = _request(job, self.sampling(job, engine))
-            mailbox = engine.submit(Tokenize(request, tokens, plain, count))
+            mailbox: Mailbox[Item] = Mailbox()
+            engine.submit(Tokenize(request, tokens, plain, count), mailbox.put)
             (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):
@@ -72,7 +76,7 @@ class LocalBackend:
             if not answered:
                 engine.cancel(job.id)
             engine.forget(job.id)
-            self.placement.release(engine, job.tenant)
+            self.placement.release(engine, job.tenant, job.keep_alive)
 
     async def _acquired(self, model: Model) -> EngineProcess:
         acquiring = asyncio.create_task(self.placement.acquire(model))
@@ -105,38 +109,60 @@ class LocalLeg:
         """It may be since it was last asked."""
         return self._cancelled
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def run(self, take: Callable[[Event], None]) -> None:
         job = self._job
         if self._is_cancelled():
             return
         placement = self._backend.placement
-        engine = await placement.acquire(job.model)
-        ended = False
+        engine = await placement.acquire(job.model, beginning_of(job))
+        items = _Items(take)
         try:
             sampling, ready = self._backend.sampling(job, engine), engine.ready
-            mailbox = engine.submit(_request(job, sampling))
+            engine.submit(_request(job, sampling), items.receive)
             self._engine = engine
             if self._is_cancelled():
                 engine.cancel(job.id)
-            yield Started(
-                self._backend.node_id,
-                engine.model_digest,
-                EngineBuild(ready.build, ready.device),
-                sampling,
-                ready.tool_style,
-                ready.thinks,
+            take(
+                Started(
+                    self._backend.node_id,
+                    engine.model_digest,
+                    EngineBuild(ready.build, ready.device),
+                    sampling,
+                    ready.tool_style,
+                    ready.thinks,
+                    # Vectors depend on others.
+                    exactness=ready.exactness if job.inputs is None else "",
+                )
             )
-            while True:
-                for item in await mailbox.take():
-                    ended = isinstance(item, Output) and item.finish_reason is not None
-                    yield _event(item)
-                    if ended:
-                        return
+            await items.last
         finally:
-            if not ended:
+            if not items.have_ended:
                 engine.cancel(job.id)
             engine.forget(job.id)
             placement.release(engine, job.tenant, job.keep_alive)
+
+
+class _Items:
+    """What an engine says of a leg, which `take` gets as events.  `last` is done after the last of
+    them, or has what ends the leg before it; `have_ended` says that the engine has ended it."""
+
+    def __init__(self, take: Callable[[Event], None]) -> None:
+        self.last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.last.add_done_callback(ignore_exception)
+        self.have_ended = False
+        self._take = take
+
+    def receive(self, item: Item) -> None:
+        if self.last.done():  # cancelled, say
+            return
+        try:
+            self._take(_event(item))
+        except Exception as error:
+            self.last.set_exception(error)
+            return
+        if isinstance(item, Output) and item.finish_reason is not None:
+            self.have_ended = True
+            self.last.set_result(None)
 
 
 # Fields of an Add that a job has as well.
@@ -148,6 +174,7 @@ def _request(job: Job, sampling: Sampling) -> Add | Embed:
     if job.inputs is not None:
         return Embed(job.id, job.inputs, job.dimensions, job.tenant, job.weight, job.priority)
     same: dict[str, Any] = {name: getattr(job, name) for name in _SAME}
+    same["messages"] = job.rendered
     return Add(
         id=job.id,
         sampling=sampling,
@@ -160,11 +187,9 @@ def _request(job: Job, sampling: Sampling) -> Add | Embed:
 
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
-    match item:
-        case Prompt() | Output():
-            return item
-        case _:
-            raise _error(item)
+    if isinstance(item, Output | Prompt):
+        return item
+    raise _error(item)
 
 
 def _error(item: Item) -> ApiError:
@@ -181,7 +206,7 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
     defaults, which it does not know of, are off then.
     """
     model = job.model
-    layers = (file, model.parameters.sampling, box, model.sampling, job.sampling)
+    layers = (file, model.parameters.sampling, box, model.settings.sampling, job.sampling)
     fields = [item for layer in layers for item in msgspec.structs.asdict(layer).items()]
     values = {name: value for name, value in fields if value is not None}
     if job.sampling.top_p is not None:

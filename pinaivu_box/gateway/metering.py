@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from pinaivu_box import amount
 from pinaivu_box.gateway.backend import Job, committed
@@ -13,16 +14,22 @@ from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
+    EXACT_VERSION,
     MARK_DOMAIN,
+    UPSTREAM_VERSION,
+    VERSION,
+    LegStatement,
     Price,
     Proof,
     Receipt,
     SignedProof,
     TokenUsage,
+    UpstreamLeg,
     mark_text,
     sampling_record,
     sign_proof,
     sign_receipt,
+    sign_upstream_leg,
     total_cost,
 )
 from pinaivu_box.settings import LiveSettings
@@ -42,14 +49,18 @@ class Meter:
         total_ms, job, last = record.elapsed_ms(), record.job, record.served[-1].started
         price = Price.of(record.prices, self._settings.config.pricing.currency)
         prompts = [
-            commitment.commit(asked_text(leg.job), leg.prompt or [], leg.job.nonce)
+            commitment.commit(asked_text(leg.job), _prompt_tokens(leg), leg.job.nonce)
             for leg in record.prompts
         ]
         proofs, openings = await self._prove(record, price)
+        on_boxes = [leg for leg in record.served if leg.started.upstream is None]
+        has_upstream = len(on_boxes) < len(record.served)
         tokens = [token for choice in record.choices for token in choice.tokens]
         text = commitment.output_text([choice.text for choice in record.choices])
         extras = [choice.extras for choice in record.choices]
-        output, opened = commitment.commit(text, tokens, commitment.new_nonce(), extras)
+        output, opened = commitment.commit(
+            text, None if has_upstream else tokens, commitment.new_nonce(), extras
+        )
         record.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
@@ -57,7 +68,7 @@ class Meter:
             coordinator_id=self._identity.node_id,
             node_id=last.node_id,
             model=job.model.id,
-            model_digest=last.model_digest,
+            model_digest=(on_boxes or record.served)[-1].started.model_digest,
             payment_amount=amount.to_text(record.cost),
             currency=price.currency,
             finish_reason=finish_reason,
@@ -67,11 +78,14 @@ class Meter:
             output_commitment=output,
             usage=TokenUsage(record.prompt_tokens, record.completion_tokens, record.cached_tokens),
             price=price,
+            v=UPSTREAM_VERSION if has_upstream else VERSION,
         )
         signed, signature = sign_receipt(self._identity, receipt)
-        opening = {"prompt": prompts[0][1], "output": opened, "legs": openings}
+        opening: dict[str, Any] = {"prompt": prompts[0][1], "output": opened, "legs": openings}
         if len(prompts) > 1:
             opening["prompts"] = [prompt_opening for _, prompt_opening in prompts]
+        if job.usual_stop:  # which the owner does not know, and the commitment covers
+            opening["stop"] = job.stop
         await store_request(
             self._database,
             _row(record, receipt, total_ms),
@@ -81,13 +95,19 @@ class Meter:
 
     async def _prove(
         self, record: RequestRecord, price: Price
-    ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
-        proofs, openings = [], []
+    ) -> tuple[list[tuple[LegStatement, SignedProof]], list[commitment.Opening]]:
+        proofs: list[tuple[LegStatement, SignedProof]] = []
+        openings: list[commitment.Opening] = []
         for leg in record.served:
             await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
                 openings.append(leg.proved.opening)
+                continue
+            if leg.started.upstream is not None:
+                statement, opening = upstream_leg(leg, price)
+                proofs.append((statement, sign_upstream_leg(self._identity, statement)))
+                openings.append(opening)
                 continue
             # Of a peer that was lost: its price is not known to be owed, nor its word given.
             proof, opening = prove(leg, price)
@@ -146,9 +166,47 @@ def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
         ttft_ms=leg.ttft_ms,
         duration_ms=leg.duration_ms,
         price=price,
-        v=leg.started.proof,
+        v=EXACT_VERSION if leg.started.exactness else leg.started.proof,
+        exactness=leg.started.exactness or UNSET,
     )
     return proof, opening
+
+
+def upstream_leg(leg: LegRecord, price: Price) -> tuple[UpstreamLeg, commitment.Opening]:
+    """What there is to sign of a leg that an upstream has made."""
+    job, started, counted = leg.job, leg.started, leg.counted
+    assert started.upstream is not None and counted is not None
+    prompt, _ = commitment.commit(asked_text(job), None, job.nonce)
+    nonce = started.nonce or commitment.new_nonce()
+    output, opening = commitment.commit("".join(leg.text), None, nonce, [leg.extras])
+    statement = UpstreamLeg(
+        request_id=job.request_id,
+        leg=job.leg,
+        choice=job.choice,
+        prompt=job.prompt_number,
+        node_id=started.node_id,
+        model=job.model.id,
+        upstream=started.upstream.upstream,
+        upstream_model=started.upstream.model,
+        sampling=started.sent,
+        prompt_commitment=prompt,
+        output_commitment=output,
+        prompt_tokens=counted.prompt,
+        completion_tokens=counted.completion,
+        cached_tokens=counted.cached,
+        tokens_counted_by="estimate" if counted.estimated else "upstream",
+        finish_reason=leg.finish_reason,
+        started_at=utc_text(leg.started_at),
+        ttft_ms=leg.ttft_ms,
+        duration_ms=leg.duration_ms,
+        price=price,
+    )
+    return statement, opening
+
+
+def _prompt_tokens(leg: LegRecord) -> list[int] | None:
+    """None if they are not known, at an upstream."""
+    return None if leg.started.upstream is not None else leg.prompt or []
 
 
 def _is_mark(proof: Proof, mark: str | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.engine.messages import Output, Prompt
-from pinaivu_box.gateway.backend import Job, Proved, Started
+from pinaivu_box.gateway.backend import Counted, Job, Proved, Started
 from pinaivu_box.gateway.logprob_records import records
 from pinaivu_box.receipts.commitment import Extras
 
@@ -24,8 +24,9 @@ class LegRecord:
     """What one node did of a job.  `route` is why it was this one, for the receipt, and `header`
     for the client.  `began` is monotonic, `started_at` Unix seconds.
 
-    `extras` are those of this leg.  `choice_extras` go on from those of the choice's earlier legs;
-    of a first leg both are the same.
+    Of an upstream's leg tokens are not known: `prompt` and `tokens` are empty, and their numbers
+    are `counted`.  `extras` are those of this leg.  `choice_extras` go on from those of the
+    choice's earlier legs; of a first leg both are the same.
     """
 
     job: Job
@@ -40,7 +41,6 @@ class LegRecord:
     text: list[str] = field(default_factory=list)
     finish_reason: str = ENGINE_LOST
     ttft_ms: int | None = None
-    duration_ms: int = 0
     cached_tokens: int = 0
     shifted_tokens: int = 0
     logprobs: int = 0
@@ -48,33 +48,52 @@ class LegRecord:
     queue_ms: float = 0.0
     mark: str | None = None
     proved: Proved | None = None
+    counted: Counted | None = None
 
     def __post_init__(self) -> None:
         self.extras = Extras()
         self.choice_extras = self.extras if self.earlier is None else self.earlier.copy()
+        self._heard = self.began  # when its last output came
 
-    def take(self, event: Prompt | Output | Proved) -> None:
+    @property
+    def duration_ms(self) -> int:
+        return round((self._heard - self.began) * 1000)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt or ()) if self.counted is None else self.counted.prompt
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) if self.counted is None else self.counted.completion
+
+    def take(self, event: Prompt | Counted | Output | Proved) -> None:
         """Record the next event of the leg."""
-        if isinstance(event, Proved):
+        if isinstance(event, Output):
+            self._take_output(event)
+        elif isinstance(event, Proved):
             self.proved = event
-            return
-        if isinstance(event, Prompt):
+        elif isinstance(event, Counted):
+            self.counted, self.cached_tokens = event, event.cached
+        else:
             self.prompt = event.tokens
-            return
-        self.duration_ms = round((time.monotonic() - self.began) * 1000)
-        if event.tokens:
-            self.tokens += event.tokens
-            if self.ttft_ms is None:
-                self.ttft_ms = self.duration_ms
-        if event.queue_ms is not None:
-            self.begun, self.queue_ms = True, event.queue_ms
-        self.text.append(event.text)
-        self.finish_reason = event.finish_reason or self.finish_reason
-        self.cached_tokens = event.cached_tokens or self.cached_tokens
-        self.shifted_tokens = event.shifted_tokens
-        self.mark = event.mark
-        if event.logprobs or event.vectors:
-            self._take_extras(event)
+
+    def _take_output(self, output: Output) -> None:
+        self._heard = time.monotonic()
+        self.tokens += output.tokens
+        self.text.append(output.text)
+        self.shifted_tokens = output.shifted_tokens
+        self.mark = output.mark
+        if self.ttft_ms is None and has_content(output):
+            self.ttft_ms = self.duration_ms
+        if output.queue_ms is not None:
+            self.begun, self.queue_ms = True, output.queue_ms
+        if output.cached_tokens is not None:
+            self.cached_tokens = output.cached_tokens
+        if output.finish_reason is not None:
+            self.finish_reason = output.finish_reason
+        if output.logprobs or output.vectors:
+            self._take_extras(output)
 
     def _take_extras(self, event: Output) -> None:
         logprob_records = records(self.job, event.logprobs, self.logprobs)
@@ -86,9 +105,15 @@ class LegRecord:
     @property
     def tokens_per_s(self) -> float | None:
         """The speed after the first token; None if there are too few tokens to say."""
-        if self.ttft_ms is None or len(self.tokens) < 2 or self.duration_ms <= self.ttft_ms:
+        tokens = self.completion_tokens
+        if self.ttft_ms is None or tokens < 2 or self.duration_ms <= self.ttft_ms:
             return None
-        return (len(self.tokens) - 1) * 1000 / (self.duration_ms - self.ttft_ms)
+        return (tokens - 1) * 1000 / (self.duration_ms - self.ttft_ms)
+
+
+def has_content(output: Output) -> bool:
+    """Whether a token was made of which it tells; an upstream's are known by their text alone."""
+    return bool(output.tokens or output.text)
 
 
 @dataclass
@@ -117,6 +142,11 @@ class ChoiceRecord:
             for leg in self.served:
                 leg.prompt = prompt.tokens
 
+    @property
+    def has_upstream_output(self) -> bool:
+        """Whether an upstream has begun the answer: nobody can go on with text alone."""
+        return any(leg.started.upstream is not None and any(leg.text) for leg in self.legs)
+
     def next_job(self) -> Job:
         """The job of the next leg: it reads and draws as the first one did."""
         job = replace(self.job, scored=self.scored, leg=len(self.served), tried=self.lost)
@@ -128,6 +158,7 @@ class ChoiceRecord:
             output=self.tokens,
             drawn_with=first.started.sampling,
             digest=first.started.model_digest,
+            exactness=first.started.exactness,
             prompt_tokens=job.prompt_tokens if job.inputs is not None else first.prompt,
             unsaid=self.unsaid,
             thinking=self.thinking or job.thinking,
@@ -135,7 +166,7 @@ class ChoiceRecord:
 
     @property
     def served(self) -> list[LegRecord]:
-        """The legs in which a prompt was at least read: those that have a proof."""
+        """The legs in which a prompt was at least read: those that have a proof, or a statement."""
         return [leg for leg in self.legs if leg.prompt is not None]
 
     @property
@@ -180,6 +211,7 @@ class RequestRecord:
     prices: Prices
     period: int = 0
     cost: int = 0  # 10^-9 of the currency, once there is a receipt
+    metered: bool = False  # there is one
     created: float = field(default_factory=time.time)  # Unix seconds
     began: float = field(default_factory=time.monotonic)
     queue_ms: int | None = None
@@ -194,7 +226,7 @@ class RequestRecord:
         """Record when the first choice was begun, and when the first token came."""
         if output.queue_ms is not None and self.queue_ms is None:
             self.queue_ms = round(output.queue_ms)
-        if self.ttft_ms is None and output.tokens:
+        if self.ttft_ms is None and has_content(output):
             self.ttft_ms = self.elapsed_ms()
 
     @property
@@ -212,7 +244,7 @@ class RequestRecord:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(leg.prompt or ()) for leg in self.prompts)
+        return sum(leg.prompt_tokens for leg in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
@@ -224,7 +256,7 @@ class RequestRecord:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(leg.tokens) for leg in self.served)
+        return sum(leg.completion_tokens for leg in self.served)
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)

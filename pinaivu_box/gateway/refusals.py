@@ -25,6 +25,7 @@ class Refusals:
         self._metrics = metrics
         self._counts: Counter[tuple[str, int, str, str]] = Counter()
         self._flushing: asyncio.Task[None] | None = None
+        self.flushed = 0  # how often they were written
 
     def note(self, key_id: str, model: str, code: str) -> None:
         self._metrics.refuse(code)
@@ -37,6 +38,7 @@ class Refusals:
         counts, self._counts = self._counts, Counter()
         if counts:
             await self._database.write(*((_ADD, (*key, n)) for key, n in counts.items()))
+            self.flushed += 1
 
     async def _flush_later(self) -> None:
         await asyncio.sleep(_FLUSH_SECONDS)

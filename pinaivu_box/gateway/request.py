@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, TooLate
+from pinaivu_box.gateway.activity import Activity
 from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
@@ -94,6 +96,7 @@ class Request:
     def __init__(self, admitted: AdmittedRequest, runner: ChoiceRunner, meter: Meter) -> None:
         reservation = admitted.reservation
         choices = [ChoiceRecord(job) for job in admitted.jobs]
+        self.key = admitted.key
         self.record = RequestRecord(choices, admitted.key.id, admitted.prices, reservation.period)
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
@@ -162,6 +165,7 @@ class Request:
         if not record.served:
             raise stopped()
         await self._meter.record(record, finish_reason)
+        record.metered = True
         return Finished(
             finish_reason,
             record.prompt_tokens,
@@ -185,7 +189,8 @@ class Request:
     def _take(self, choice: ChoiceRecord, event: Event) -> None:
         """An event of one of its legs."""
         if isinstance(event, Output):
-            self.record.take(event)
+            if self.record.ttft_ms is None or event.queue_ms is not None:
+                self.record.take(event)
             self._say(event)
         elif isinstance(event, Prompt) and len(choice.served) == 1:
             self._say(_started(choice, event))
@@ -200,6 +205,7 @@ class Request:
         if self.record.completion_tokens:
             try:
                 await self._meter.record(self.record, "cancelled" if self.cancelled else "error")
+                self.record.metered = True
             except Exception:
                 log.exception("request %s: receipt not written", self.record.job.request_id)
 
@@ -207,7 +213,7 @@ class Request:
 def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
     leg = choice.legs[-1]
     started = leg.started
-    system = f"{started.model_digest} {started.engine.build}".encode()
+    system = f"{started.model_digest} {started.engine.build} {started.exactness}".rstrip().encode()
     return ChoiceStarted(
         choice=choice.job.choice,
         fingerprint=f"fp_{hashlib.sha256(system).hexdigest()[:12]}",
@@ -216,7 +222,7 @@ def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
         thinking=prompt.thinking,
         prompt=prompt.text,
         route=leg.header,
-        prompt_tokens=len(prompt.tokens),
+        prompt_tokens=leg.prompt_tokens,
     )
 
 
@@ -257,13 +263,18 @@ def too_late(wait: float, timeout: float) -> TooLate:
 
 
 class RunningRequests:
-    """All requests of this box that are not finished; a box with peers replaces `runner`."""
+    """All requests of this box that are not finished; a box with peers replaces `runner`.
+
+    `places` says how many sequences of a model run at a time.
+    """
 
     def __init__(
         self, runner: ChoiceRunner, meter: Meter, metrics: Metrics, settings: LiveSettings
     ) -> None:
         self.runner = runner
-        self._meter, self._metrics, self._settings = meter, metrics, settings
+        self.places: Callable[[str], int] = lambda _: settings.config.engine.max_sequences
+        self.activity = Activity()
+        self._meter, self._metrics = meter, metrics
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
         self._stopped: dict[str, tuple[float, ApiError]] = {}
         self._by_model: Counter[str] = Counter()
@@ -272,6 +283,10 @@ class RunningRequests:
     @property
     def count(self) -> int:
         return len(self._running)
+
+    def oldest(self, limit: int) -> list[Request]:
+        """At most so many of those that run or wait, in the order in which they came."""
+        return list(islice(self._running.values(), limit))
 
     def in_flight(self, model_id: str) -> int:
         return self._by_model[model_id]
@@ -305,6 +320,7 @@ class RunningRequests:
         self._running[task] = request
         self._by_model[model_id] += count
         task.add_done_callback(self._end)
+        self.activity.begun()
         return request
 
     def stop_key(self, key_id: str, error: ApiError) -> int:
@@ -317,11 +333,17 @@ class RunningRequests:
             request.refuse(error)
         return len(requests)
 
+    def stop_account(self, account_id: str, error: ApiError) -> None:
+        """Refuse what runs for an account."""
+        for request in list(self._running.values()):
+            if request.key.account_id == account_id:
+                request.refuse(error)
+
     def _expected_wait(self, admitted: AdmittedRequest) -> float:
         """Seconds until it starts, if those before it take as long as others did lately."""
         model_id = admitted.jobs[0].model.id
         seconds = self._service.get(model_id, 0.0)
-        sequences = self._settings.config.engine.max_sequences  # that run at a time
+        sequences = self.places(model_id)
         before = self._by_model[model_id] + len(admitted.jobs) - sequences
         wait = 0.0 if admitted.elsewhere else max(0, before) * seconds / sequences
         ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
@@ -337,6 +359,7 @@ class RunningRequests:
             before = self._service.get(model_id, ran)
             self._service[model_id] = before + (ran - before) * _NEWEST
         self._metrics.observe(record, request.status)
+        self.activity.ended(record, request.key, request.status)
 
     async def drained(self) -> None:
         """Wait until none is left."""

@@ -88,6 +88,7 @@ class Facts(Struct, frozen=True):
     currency: str
     models: tuple[Offer, ...]
     draining: bool = False
+    cpu_variant: str = ""
 
     def gist(self) -> tuple[object, ...]:
         """Return what is worth an advert when it changes: all but small changes of load."""
@@ -101,11 +102,12 @@ class Facts(Struct, frozen=True):
             )
             for offer in self.models
         )
-        return self.addresses, self.draining, load
+        return self.addresses, self.draining, self.cpu_variant, load
 
 
 class Advert(Struct, frozen=True, array_like=True):
-    """`at` in Unix milliseconds, `life` in seconds."""
+    """`at` in Unix milliseconds, `life` in seconds.  `cpu_variant` is that of ggml's library for
+    the CPU, empty if no engine has run there yet."""
 
     network: NetworkKey
     node: Key
@@ -117,6 +119,7 @@ class Advert(Struct, frozen=True, array_like=True):
     currency: Annotated[str, Meta(max_length=16, pattern=NO_CONTROLS)]
     models: Annotated[tuple[Offer, ...], Meta(max_length=MAX_MODELS)]
     draining: bool = False
+    cpu_variant: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
 
     @property
     def node_id(self) -> str:

@@ -20,8 +20,8 @@ from msgspec import Struct
 from pinaivu_box.errors import EntryRefused
 from pinaivu_box.identity import verify
 from pinaivu_box.ledger.reconcile import EntrySummary
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof, cost
-from pinaivu_box.receipts.verify import is_signed, read_proof
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, LegStatement, SignedProof, cost
+from pinaivu_box.receipts.verify import is_signed, read_statement
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
 
@@ -111,7 +111,7 @@ class Balance(Struct, frozen=True):
 
 def of_leg(
     peer: str,
-    proof: Proof,
+    proof: LegStatement,
     signed: SignedProof,
     pays_prompt: bool,
     acceptance: bytes,
@@ -135,14 +135,14 @@ def of_leg(
     )
 
 
-def check(entry: LedgerEntry, us: str) -> Proof:
+def check(entry: LedgerEntry, us: str) -> LegStatement:
     """Check that everything in an entry follows from its signed bytes; returns its proof.  `us` is
     this box's node id.  Raises EntryRefused."""
     if len(entry.proof) > MAX_PROOF_BYTES:
         raise _refused(entry, f"its proof has over {MAX_PROOF_BYTES} bytes")
     try:
         signed = SignedProof(entry.proof.decode(), entry.signature.hex())
-        proof = read_proof(signed)  # as a verifier will later
+        proof = read_statement(signed)  # as a verifier will later
         output, prompt = costs(proof)
     except ValueError as error:  # msgspec's errors are ValueErrors
         raise _refused(entry, f"its proof is not valid: {error}") from error
@@ -154,7 +154,7 @@ def check(entry: LedgerEntry, us: str) -> Proof:
     return proof
 
 
-def costs(proof: Proof) -> tuple[int, int]:
+def costs(proof: LegStatement) -> tuple[int, int]:
     """The price of a leg's output and of its prompt, in 10^-9.
 
     Raises ValueError for a price or a count that is not valid.
@@ -170,7 +170,7 @@ def costs(proof: Proof) -> tuple[int, int]:
     return output, prompt
 
 
-def _mismatch(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str) -> str:
+def _mismatch(entry: LedgerEntry, proof: LegStatement, signed: SignedProof, us: str) -> str:
     """Why the proof is not this entry's, or not signed; "" if it is."""
     stated = (proof.request_id, proof.leg, proof.choice, proof.price.currency)
     server, coordinator = (us, entry.peer) if entry.served_by_us else (entry.peer, us)
@@ -240,7 +240,7 @@ async def served_since(database: Database, peer: str, since: int) -> list[tuple[
         " AND at <= ?3 AND rowid > (SELECT max(rowid) FROM ledger_entries) - ?4 ORDER BY at",
         (peer, since, now_ms(), _MAX_RECENT_ENTRIES),
     )
-    proofs = [(at, read_proof(SignedProof(proof.decode(), ""))) for at, proof in rows]
+    proofs = [(at, read_statement(SignedProof(proof.decode(), ""))) for at, proof in rows]
     return [(at, proof.prompt_tokens + proof.completion_tokens) for at, proof in proofs]
 
 

@@ -1,5 +1,5 @@
-"""The boxes among which a leg, or the tokenizing of a prompt, finds its place; and what is learned
-of them from each leg."""
+"""The boxes and upstreams among which a leg, or the tokenizing of a prompt, finds its place; and
+what is learned of them from each leg."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from typing import Any
 
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable, PeerFaulty
+from pinaivu_box.errors import (
+    ApiError,
+    EngineLost,
+    NoNodesAvailable,
+    PeerFaulty,
+)
 from pinaivu_box.gateway.backend import Job, Leg
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs.client import PeerClient
+from pinaivu_box.legs.upstream_breaker import UpstreamOutcome
+from pinaivu_box.receipts.receipt import upstream_digest
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Candidate, Decision
+from pinaivu_box.upstream.upstream import Upstream
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -28,8 +36,8 @@ _MAX_PAID = 4096  # prompts of which it is remembered that a leg pays for them
 
 
 class ChosenBox:
-    """A box that was chosen for one leg of a job: this one, if it has no peers.  The leg runs once
-    its events are read.  `route` is why the box was chosen, for the receipt, and `header` for the
+    """A box that was chosen for one leg of a job, which does nothing until it is run: this one, if
+    it has no peers.  `route` is why the box was chosen, for the receipt, and `header` for the
     client."""
 
     is_peer = False
@@ -112,14 +120,36 @@ class PeerBox(ChosenBox):
         self._boxes.candidates.leg_ended(self.job, self.node_id)
 
 
+class UpstreamPlace(ChosenBox):
+    """An upstream, which is no box, and no peer: what it serves is paid to nobody here."""
+
+    def __init__(
+        self, boxes: Boxes, upstream: Upstream, job: Job, decision: Decision, chosen: Candidate
+    ) -> None:
+        super().__init__(upstream.id, upstream.start(job), job)
+        self.route, self.header = decision.record(), decision.header()
+        self._boxes = boxes
+        boxes.candidates.leg_sent(job, chosen)
+        self._outcome = UpstreamOutcome(boxes.breaker, upstream)
+
+    def served(self, record: LegRecord) -> None:
+        self._outcome.served(record)
+
+    def failed(self, error: ApiError) -> None:
+        self._outcome.failed(error)
+
+    def release(self, record: LegRecord | None) -> None:
+        self._boxes.candidates.leg_ended(self.job, self.node_id)
+
+
 class Boxes:
-    """This box and its peers."""
+    """This box with its peers and upstreams; without `peers` there are none of the former."""
 
     def __init__(
         self,
         candidates: Candidates,
         local: LocalBackend,
-        peers: PeerClient,
+        peers: PeerClient | None,
         load: LoadTracker,
         breaker: CircuitBreaker,
         reputation: Reputation,
@@ -128,13 +158,20 @@ class Boxes:
         self.paid: BoundedDict[str, None] = BoundedDict(_MAX_PAID)
         self._local, self._peers, self._load = local, peers, load
 
+    def may_choose(self, job: Job) -> bool:
+        """Whether there may be others than this box to choose from."""
+        return self._peers is not None or bool(self.candidates.upstreams.with_model(job.model.id))
+
     async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
         decision = await self.candidates.select(job, tried)
         chosen = decision.chosen
         if chosen is None:
             return _nobody(job, decision)
-        if chosen.destination is None:
+        for upstream in self.candidates.upstreams.all:
+            if upstream.name == chosen.upstream:
+                return UpstreamPlace(self, upstream, job, decision, chosen)
+        if chosen.destination is None or self._peers is None:
             return OwnBox(self, self._local.start(job), job, decision, chosen, self._load)
         prompt = f"{job.request_id} {job.prompt_number} {chosen.node_id}"
         pays = self._pays(prompt)
@@ -150,9 +187,12 @@ class Boxes:
         count: bool = False,
     ) -> tuple[Tokenized, int]:
         """See `gateway.backend.Tokenizer`: with an engine here, or by a peer if the model is only
-        there."""
+        there; of an upstream's model, tokens are estimated."""
         if not job.model.remote:
             return await self._local.tokenize(job, tokens, plain=plain, count=count)
+        of_upstream = job.model.recorded_digest == upstream_digest(job.model.id)
+        if of_upstream or self._peers is None:
+            return self.candidates.upstreams.tokenize(job, tokens, plain=plain)
         tried: list[str] = []
         error: ApiError | None = None
         while True:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
+
+from msgspec import UNSET
 
 from pinaivu_box import vector_format
 from pinaivu_box.engine.messages import Output, Prompt, Tokenized
@@ -19,7 +21,14 @@ from pinaivu_box.errors import (
     ProtocolError,
     by_code,
 )
-from pinaivu_box.gateway.backend import Event, Job, Proved, Started
+from pinaivu_box.gateway.backend import (
+    Counted,
+    Event,
+    Job,
+    Proved,
+    Started,
+    UpstreamModel,
+)
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import entry as ledger_entry
@@ -29,18 +38,27 @@ from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, may_answer
 from pinaivu_box.network.network import Network
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, VERSION, EngineBuild
+from pinaivu_box.receipts.receipt import (
+    ACCEPTANCE_DOMAIN,
+    EXACT_VERSION,
+    EngineBuild,
+    LegStatement,
+    Proof,
+)
 from pinaivu_box.routing.router import Destination
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
+from pinaivu_box.upstream.answer import estimate_prompt
 
 OPEN_SECONDS = 5.0
+_SLOWEST = 100_000  # bytes of a first message that a peer takes in a second at least
 STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive
 _GAPS = 10.0  # times its usual gap that a stream may be silent, if that is longer
 _MAX_GAP_SECONDS = 30.0  # but no longer: else a peer could become slower step by step for ever
 ALIVE_SECONDS = 300.0  # that it may say no more than that: a model is loaded, or a queue long
 _IDLE_BURST, _IDLE_RATE = 20, 4.0  # messages that say nothing, and a second
+_MOST_ALIVE = 1000  # such messages before a count
 REFUSED = " refused it: "  # between the peer's name and its reason
 _MAX_RETRY_SECONDS = 60  # that a refusal may ask a client to wait
 # What a peer may find wrong with a request itself.
@@ -59,19 +77,26 @@ class PeerClient:
         self._stops = TaskSet()
 
     def start(self, job: Job, to: Destination) -> PeerLeg:
-        """A leg at a peer, which runs when its events are read."""
+        """A leg at a peer, which does nothing until it is run."""
         return PeerLeg(self, job, to)
 
     async def tokenize(
         self, job: Job, to: Destination, tokens: list[int] | None, *, plain: bool
     ) -> tuple[Tokenized, int]:
-        """See `gateway.backend.Tokenizer`.  Raises as `PeerLeg.events`."""
+        """See `gateway.backend.Tokenizer`.  Raises as `PeerLeg.run`."""
         stream = await self.open(to)
+        check = self.large.to_coordinator(to.node_id)
+        count = leg_wire.Count(to_task(job), to.digest, tokens, plain, patient=True)
+        answer: leg_wire.ToCoordinator | None = None
         try:
-            await _send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain))
-            async with asyncio.timeout(OPEN_SECONDS + STALL_SECONDS):
-                check = self.large.to_coordinator(to.node_id)
-                answer = await leg_wire.receive(stream, leg_wire.to_coordinator, check=check)
+            patience = OPEN_SECONDS + _first_patience(await _send(stream, count))
+            async with asyncio.timeout(ALIVE_SECONDS):
+                for _ in range(_MOST_ALIVE):
+                    answer = await leg_wire.receive(
+                        stream, leg_wire.to_coordinator, patience, check
+                    )
+                    if not isinstance(answer, leg_wire.Alive):
+                        break
         except (PeeringError, TimeoutError) as error:
             raise _lost(to, error) from error
         finally:
@@ -97,7 +122,7 @@ class PeerClient:
             to.prices,
             to.currency,
             to.pays_prompt,
-            VERSION,
+            EXACT_VERSION,
         )
 
     def stop(self, stream: Stream) -> None:
@@ -122,6 +147,7 @@ class PeerLeg:
         self._cancelled = False
         self._vectors: list[bytes] = []
         self._gap = 0.0
+        self._first = 0.0  # how long the first message may take
         self._since = self._heard = asyncio.get_running_loop().time()
         self._idle = 0  # messages that say nothing
 
@@ -135,7 +161,7 @@ class PeerLeg:
         """It may be since it was last asked."""
         return self._cancelled
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def run(self, take: Callable[[Event], None]) -> None:
         if self._is_cancelled():
             return
         request = self._client.request(self._job, self._to)
@@ -144,7 +170,7 @@ class PeerLeg:
         try:
             if self._is_cancelled():
                 return
-            await _send(stream, request)
+            self._first = _first_patience(await _send(stream, request))
             self._stream = stream
             if self._is_cancelled():
                 self._client.stop(stream)
@@ -152,7 +178,7 @@ class PeerLeg:
                 message = await self._receive(stream)
                 for event in await self._handle(stream, message):
                     ended = isinstance(event, Output) and event.finish_reason is not None
-                    yield event
+                    take(event)
         except ProtocolViolation as violation:
             reason = f"{self._to.name} violated the protocol: {violation}"
             raise PeerFaulty(reason, node_id=self._to.node_id) from None
@@ -171,7 +197,8 @@ class PeerLeg:
                 return [self._begin(message)]
             case leg_wire.PromptRead():
                 self._verifier.read(message)
-                return [Prompt(message.tokens, message.thinking, message.text)]
+                prompt = Prompt(message.tokens, message.thinking, message.text)
+                return [self._estimate(), prompt] if self._to.of_upstream else [prompt]
             case leg_wire.LegProof():
                 self._verifier.keep_proof(message)
             case leg_wire.LegRefused() if self._verifier.has_output:
@@ -187,13 +214,13 @@ class PeerLeg:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            patience = max(STALL_SECONDS, min(_MAX_GAP_SECONDS, _GAPS * self._gap))
+            patience = max(STALL_SECONDS, self._first, min(_MAX_GAP_SECONDS, _GAPS * self._gap))
             message = await leg_wire.receive(stream, leg_wire.to_coordinator, patience, self._check)
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
         if message is None:
             raise ProtocolViolation("the stream ended before the leg")
-        now = loop.time()
+        now, self._first = loop.time(), 0.0
         if isinstance(message, leg_wire.Outputs):
             self._gap += 0.2 * (now - began - self._gap)
         if _has_content(message):
@@ -210,6 +237,7 @@ class PeerLeg:
         if self._job.sampling.min_tokens and not message.sampling.min_tokens:
             raise NoNodesAvailable(f"{self._to.name} runs a version that knows no min_tokens")
         self._verifier.begin(message)
+        asked = message.upstream
         return Started(
             self._to.node_id,
             message.digest,
@@ -219,6 +247,14 @@ class PeerLeg:
             message.thinks,
             nonce=message.nonce,
             proof=message.proof,
+            exactness="" if message.exactness is UNSET else message.exactness,
+            upstream=None if asked is UNSET else UpstreamModel(asked.name, asked.model),
+        )
+
+    def _estimate(self) -> Counted:
+        """Of a leg at a peer's upstream, until the peer has said how many tokens it had."""
+        return Counted(
+            estimate_prompt(self._job), 0, self._verifier.estimated_tokens, estimated=True
         )
 
     async def _take(self, stream: Stream, message: leg_wire.Outputs) -> list[Event]:
@@ -228,9 +264,12 @@ class PeerLeg:
             if self._job.inputs is not None:
                 self._collect_vectors(output)
         outputs: list[Event] = [*message.outputs]
+        if self._to.of_upstream:
+            outputs.insert(0, self._estimate())
         reason = message.outputs[-1].finish_reason
         if reason is not None and self._verifier.end(message):
-            outputs.insert(-1, await self._accept(stream, reason))
+            proved = await self._accept(stream, reason)
+            outputs[-1:-1] = [*_counted(proved.proof), proved]
         return outputs
 
     def _collect_vectors(self, output: Output) -> None:
@@ -263,10 +302,30 @@ class PeerLeg:
         return EngineLost(f"{self._to.name} stalled: {reason}", node_id=self._to.node_id)
 
 
-async def _send(stream: Stream, message: leg_wire.LegRequest | leg_wire.Count) -> None:
-    """The first message on a stream, which may be too large: then it raises NoNodesAvailable."""
+def _counted(statement: LegStatement) -> list[Counted]:
+    if isinstance(statement, Proof):
+        return []
+    return [
+        Counted(
+            statement.prompt_tokens,
+            statement.cached_tokens,
+            statement.completion_tokens,
+            statement.tokens_counted_by == "estimate",
+        )
+    ]
+
+
+def _first_patience(size: int) -> float:
+    """For how many seconds a peer may say nothing after a message of `size` bytes: it has to be
+    carried there, and looked at in a sandbox."""
+    return STALL_SECONDS + size / _SLOWEST
+
+
+async def _send(stream: Stream, message: leg_wire.LegRequest | leg_wire.Count) -> int:
+    """Send the first message on a stream, of so many bytes.  If it is too large, it raises
+    NoNodesAvailable."""
     try:
-        await leg_wire.send(stream, message)
+        return await leg_wire.send(stream, message)
     except ValueError as error:
         raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
 

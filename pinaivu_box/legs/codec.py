@@ -22,6 +22,10 @@ def to_task(job: Job, tag: str | None = None) -> Task:
     """`tag` is the peer's name of the job's scope.  Raises NoNodesAvailable for what no peer
     takes."""
     calls = max((len(message.get("tool_calls", ())) for message in job.messages), default=0)
+    if job.images:
+        raise NoNodesAvailable(
+            "Images are not sent to peers: only the box that was asked sees them."
+        )
     if len(job.messages) > MAX_MESSAGES or calls > MAX_CALLS:
         raise NoNodesAvailable("The request has more messages, or calls in one, than peers take.")
     sampling = job.sampling

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import aclosing
 
 from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
@@ -70,13 +69,16 @@ class LegRun:
                 own_losses += not error.node_id
                 if own_losses == MAX_OWN_LEGS or legs == MAX_LEGS or self.cancelled:
                     raise
+                if self._choice.has_upstream_output:
+                    raise
                 self._choice.lost_at(error.node_id)
         raise AssertionError("unreachable")
 
     async def _run_leg(self, job: Job) -> str:
         """Returns the finish reason.  Raises EngineLost if another leg may go on."""
         boxes = self._runner.boxes
-        if boxes is None:  # nobody else could take over: nothing need be held back
+        if boxes is None or not boxes.may_choose(job):
+            # Nobody else could take over: nothing need be held back.
             leg = self._runner.local.start(job)
             attempt = self.attempt(ChosenBox(self._runner.node_id, leg, job))
             attempt.deliver_to(self._deliver)
@@ -142,6 +144,8 @@ class LegAttempt:
         )
         self.task: asyncio.Task[str]
         self.record: LegRecord | None = None
+        self._finish_reason: str | None = None
+        self._has_answered = False
         self._earlier = earlier
         self._kept: list[Event] = []
         self._deliver: Deliver = lambda record, event: self._kept.append(event)
@@ -178,29 +182,34 @@ class LegAttempt:
                 self.outcome.set_result(outcome)
 
     async def _run(self) -> str:
-        async with aclosing(self.leg.events()) as events:
-            started = await anext(events, None)
-            if not isinstance(started, Started):
-                return "cancelled"
+        await self.leg.run(self._take)
+        if self.record is None:
+            return "cancelled"
+        if self._finish_reason is None:
+            raise EngineLost("The engine ended this request without an answer; try again.")
+        return self._finish_reason
+
+    def _take(self, event: Event) -> None:
+        record = self.record
+        if isinstance(event, Started):
             box = self.box
-            record = LegRecord(box.job, started, self._earlier, box.route, box.header)
+            record = LegRecord(box.job, event, self._earlier, box.route, box.header)
             self.record = record
-            self._deliver(record, started)
-            async for event in events:
-                if not isinstance(event, Started):
-                    record.take(event)
-                if not isinstance(event, Output):
-                    self._deliver(record, event)
-                    continue
-                event.choice = record.job.choice
-                if event.finish_reason is not None:
-                    box.served(record)
-                self._deliver(record, event)
-                if not self.outcome.done():
-                    self.outcome.set_result(None)
-                if event.finish_reason is not None:
-                    return event.finish_reason
-        raise EngineLost("The engine ended this request without an answer; try again.")
+        else:
+            assert record is not None  # it has begun
+            record.take(event)
+        if not isinstance(event, Output):
+            self._deliver(record, event)
+            return
+        if record.job.choice:
+            event.choice = record.job.choice
+        if event.finish_reason is not None:
+            self._finish_reason = event.finish_reason
+            self.box.served(record)
+        self._deliver(record, event)
+        if not self._has_answered:
+            self._has_answered = True
+            self.outcome.set_result(None)
 
 
 class _Search:

@@ -4,28 +4,29 @@ the marks and the proof that `verify` checks on the other side."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
-from msgspec import structs
+from msgspec import UNSET, UnsetType, structs
 
 from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, ModelNotFound, PeeringError, ProtocolError
 from pinaivu_box.gateway import logprob_records
 from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.metering import prove, upstream_leg
 from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.legs.verify import most_of_upstream
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts import receipt
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
-from pinaivu_box.receipts.receipt import Price, Proof, SignedProof
+from pinaivu_box.receipts.receipt import LegStatement, Price, SignedProof, UpstreamLeg
 from pinaivu_box.transport.link import Stream
+from pinaivu_box.upstream.upstream import OWNER
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -46,7 +47,7 @@ class ServedLeg:
         stream: Stream,
         leg_request: leg_wire.LegRequest,
         job: Job,
-        local: Backend,
+        backend: Backend,
         identity: Identity,
         price: Price,
     ) -> None:
@@ -54,11 +55,16 @@ class ServedLeg:
         self.verdict: leg_wire.Accepted | leg_wire.Disputed | None = None
         self._stream, self._job, self._digest = stream, job, leg_request.digest
         self._identity, self._price = identity, price
-        self._leg = local.start(job)
+        self._leg = backend.start(job)
         self._events: Mailbox[Event | ApiError] = Mailbox()
-        self._sent = RunningCommitment(new_nonce(), min(leg_request.proof, receipt.VERSION))
+        self._reads_exactness = leg_request.proof >= receipt.EXACT_VERSION
+        version = min(leg_request.proof, receipt.VERSION)
+        if job.model.owner == OWNER:
+            version = receipt.UPSTREAM_VERSION
+        self._sent = RunningCommitment(new_nonce(), version)
+        self._has_sent_output = False
         self._tokens = self._logprobs = 0  # that have been sent
-        self._proof: tuple[Proof, SignedProof] | None = None
+        self._proof: tuple[LegStatement, SignedProof] | None = None
         self._computing: asyncio.Task[None]
         self._listening: asyncio.Task[None]
 
@@ -66,14 +72,18 @@ class ServedLeg:
     def tokens(self) -> int:
         """That were computed, those of the prompt included."""
         record = self.record
-        return len(record.prompt or ()) + len(record.tokens) if record and record.begun else 0
+        return record.prompt_tokens + record.completion_tokens if record and record.begun else 0
 
-    def proof(self) -> tuple[Proof, SignedProof] | None:
+    def proof(self) -> tuple[LegStatement, SignedProof] | None:
         """Once the engine has ended it; None if nothing was computed, or if that failed here."""
         record = self.record
         if self._proof is None and record and record.begun and record.finish_reason != ENGINE_LOST:
-            proof, _ = prove(record, self._price)
-            self._proof = proof, receipt.sign_proof(self._identity, proof)
+            if record.started.upstream is not None:
+                statement = _within_bounds(upstream_leg(record, self._price)[0], record)
+                self._proof = statement, receipt.sign_upstream_leg(self._identity, statement)
+            else:
+                proof, _ = prove(record, self._price)
+                self._proof = proof, receipt.sign_proof(self._identity, proof)
         return self._proof
 
     async def __aenter__(self) -> ServedLeg:
@@ -100,8 +110,9 @@ class ServedLeg:
             outputs = [event for event in events if isinstance(event, Output)]
             ended = bool(outputs) and outputs[-1].finish_reason is not None
             proof = self.proof() if ended else None
-            if outputs and not self._tokens:
+            if outputs and not self._has_sent_output:
                 check_paid()
+                self._has_sent_output = True
             if proof is not None:
                 messages.append(leg_wire.LegProof(proof[1].signed, proof[1].signature))
             messages += self._marked(outputs)
@@ -140,6 +151,8 @@ class ServedLeg:
                     started.thinks,
                     self._sent.nonce,
                     self._sent.version,
+                    asked_upstream(started),
+                    started.exactness or UNSET,
                 )
                 return [began, leg_wire.PromptRead(event.tokens, event.thinking, event.text)]
         return []
@@ -181,16 +194,7 @@ class ServedLeg:
     async def _compute(self) -> None:
         """Record what the engine says, before anything of it is sent: it is owed, sent or not."""
         try:
-            async with contextlib.aclosing(self._leg.events()) as events:
-                async for event in events:
-                    if isinstance(event, Started):
-                        if event.model_digest != self._digest:
-                            raise another_file(self._job.model)  # replaced while it was loaded
-                        started = replace(event, nonce=self._sent.nonce, proof=self._sent.version)
-                        self.record = LegRecord(self._job, started)
-                    elif self.record is not None:
-                        self.record.take(event)
-                    self._events.put(event)
+            await self._leg.run(self._take)
             if self.record is None:
                 raise stopped()
         except ApiError as error:
@@ -198,6 +202,21 @@ class ServedLeg:
         except Exception:
             log.exception("a leg of %s failed", self._job.request_id)
             self._events.put(InternalError("The box failed on this request; its log says why."))
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Started):
+            if event.model_digest != self._digest:
+                raise another_file(self._job.model)  # replaced while it was loaded
+            started = replace(
+                event,
+                nonce=self._sent.nonce,
+                proof=self._sent.version,
+                exactness=event.exactness if self._reads_exactness else "",
+            )
+            self.record = LegRecord(self._job, started)
+        elif self.record is not None:
+            self.record.take(event)
+        self._events.put(event)
 
     async def _listen(self) -> None:
         """To what the peer says: that it is enough, its verdict on the proof, or nothing more."""
@@ -214,6 +233,29 @@ class ServedLeg:
             self._leg.cancel()
             if not isinstance(message, leg_wire.Stop):
                 return
+
+
+def asked_upstream(started: Started) -> leg_wire.AskedUpstream | UnsetType:
+    if started.upstream is None:
+        return UNSET
+    return leg_wire.AskedUpstream(started.upstream.upstream, started.upstream.model)
+
+
+def _within_bounds(statement: UpstreamLeg, record: LegRecord) -> UpstreamLeg:
+    """With no more tokens than the peer takes (`verify.most_of_upstream`): an upstream may count
+    thoughts that it does not show."""
+    prompt, completion = most_of_upstream(record.job, "".join(record.text))
+    counted = record.counted
+    if counted is None or (counted.prompt <= prompt and counted.completion <= completion):
+        return statement
+    prompt = min(prompt, counted.prompt)
+    return structs.replace(
+        statement,
+        prompt_tokens=prompt,
+        cached_tokens=min(prompt, counted.cached),
+        completion_tokens=min(completion, counted.completion),
+        tokens_counted_by="estimate",
+    )
 
 
 def another_file(model: Model) -> ModelNotFound:

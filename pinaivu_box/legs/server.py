@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from pinaivu_box import amount
 from pinaivu_box.engine.messages import Tokenized
@@ -24,7 +25,7 @@ from pinaivu_box.errors import (
     ProtocolError,
     RateLimited,
 )
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Backend, Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
@@ -34,14 +35,24 @@ from pinaivu_box.legs.admission import LegAdmission, LegPermit, PeerRequest
 from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.served_leg import ALIVE_SECONDS, ServedLeg, another_file
+from pinaivu_box.legs.served_upstreams import ServedUpstreams
+from pinaivu_box.legs.upstream_breaker import UpstreamOutcome
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.prices import prices_of
 from pinaivu_box.policy import PeerPolicy
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price, Proof, SignedProof
+from pinaivu_box.receipts.receipt import (
+    ACCEPTANCE_DOMAIN,
+    UPSTREAM_VERSION,
+    LegStatement,
+    Price,
+    SignedProof,
+)
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.transport import rpc, wire
 from pinaivu_box.transport.link import Stream
+from pinaivu_box.upstream.upstream import OWNER
 
 log = logging.getLogger("pinaivu.serving")
 
@@ -65,8 +76,9 @@ class LegServer:
         digest: Callable[[Model], Awaitable[str]],
         writable: Callable[[], Awaitable[None]],
         large: LargeMessages,
+        upstreams: ServedUpstreams,
     ) -> None:
-        self._large = large
+        self._large, self._upstreams = large, upstreams
         self._identity, self._local, self._load = identity, local, load
         self._settings = settings
         self._digest, self._writable = digest, writable
@@ -86,7 +98,7 @@ class LegServer:
             message = await leg_wire.receive(stream, leg_wire.to_serving, check=check)
         try:
             if isinstance(message, leg_wire.Count):
-                await leg_wire.send(stream, await self._count(peer, message))
+                await leg_wire.send(stream, await self._count(peer, stream, message))
             elif isinstance(message, leg_wire.LegRequest):
                 await self._serve(peer, stream, message)
             else:
@@ -103,14 +115,19 @@ class LegServer:
         async with asyncio.timeout(rpc.SEND_SECONDS):
             await stream.finish()
 
-    async def _count(self, peer: str, count: leg_wire.Count) -> leg_wire.Tokens:
+    async def _count(self, peer: str, stream: Stream, count: leg_wire.Count) -> leg_wire.Tokens:
         policy = await self.admission.policy(peer)
         job = await self._job(peer, count.task, count.digest, policy)
         currency = self._settings.config.pricing.currency
         async with self.admission.request(peer, policy, currency) as request:
             await request.check()
             request.check_counting()
-            prompt, context = await self._local.tokenize(job, count.tokens, plain=count.plain)
+            if job.model.owner == OWNER:
+                raise NoNodesAvailable("Nobody here knows the tokens of an upstream's model.")
+            reading = self._local.tokenize(job, count.tokens, plain=count.plain)
+            prompt, context = await self._saying_alive(
+                stream if count.patient is True else None, reading
+            )
             request.counted.enter(max(len(prompt.tokens), len(count.tokens or ())))
         return leg_wire.Tokens(prompt.tokens, prompt.text, prompt.thinking, context)
 
@@ -122,9 +139,11 @@ class LegServer:
         await self._writable()
         if not policy.serves(task.model):
             raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
-        model = self._settings.catalog.find(task.model)
-        if await self._digest(model) != digest:
-            raise another_file(model)
+        model = self._upstreams.model(task.model, digest)
+        if model is None:
+            model = self._settings.catalog.find(task.model)
+            if await self._digest(model) != digest:
+                raise another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
         job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
@@ -135,13 +154,24 @@ class LegServer:
         job = await self._job(peer, leg_request.task, leg_request.digest, policy)
         job = replace(job, output=leg_request.made)
         price = self._price(job.model, leg_request)
+        of_upstream = job.model.owner == OWNER
+        if of_upstream and (leg_request.proof < UPSTREAM_VERSION or job.leg or job.output):
+            raise Conflict(
+                "An upstream's answers are not continued, nor sent without their version."
+            )
         async with admission.request(peer, policy, price.currency) as request:
-            context = 0
+            prompt_tokens = context = 0
             if policy.limited:
                 await request.check()
-                prompt, context = await self._tokenize(stream, job)
+            if of_upstream:
+                estimate, context = self._upstreams.estimate(job)
+                prompt_tokens = estimate.count or 0
+            elif policy.limited:
+                reading = self._local.tokenize(job)
+                prompt, context = await self._saying_alive(stream, reading)
                 job = job.with_prompt(prompt)
-            prompt_tokens, answer = self._most_tokens(job, context)
+                prompt_tokens = len(job.prompt_tokens or ())
+            prompt_tokens, answer = self._most_tokens(job, prompt_tokens, context)
             await request.reserve(
                 tokens=prompt_tokens + len(job.output) + answer,
                 cost=price.prices.most(prompt_tokens, answer),
@@ -150,14 +180,18 @@ class LegServer:
                 async with admission.leg(peer, job, pays=leg_request.pays_prompt) as permit:
                     await self._run(stream, job, price, leg_request, permit, request)
 
-    async def _tokenize(self, stream: Stream, job: Job) -> tuple[Tokenized, int]:
-        """The tokens of its prompt, and the context of its model.  That takes long if the model has
-        to be loaded; who has left meanwhile does not stop what others may wait for too."""
-        reading = asyncio.create_task(self._local.tokenize(job))
+    async def _saying_alive(
+        self, stream: Stream | None, tokenizing: Coroutine[Any, Any, tuple[Tokenized, int]]
+    ) -> tuple[Tokenized, int]:
+        """The tokens of a prompt, and the context of its model.  That takes long if it is a long
+        one, or the model has to be loaded; who has left meanwhile does not stop what others may
+        wait for too."""
+        reading = asyncio.create_task(tokenizing)
         reading.add_done_callback(ignore_exception)
         try:
             while not (await asyncio.wait({reading}, timeout=ALIVE_SECONDS))[0]:
-                await leg_wire.send(stream, leg_wire.Alive())
+                if stream is not None:
+                    await leg_wire.send(stream, leg_wire.Alive())
         except PeeringError:
             await asyncio.wait({reading})  # it keeps its place until then
             raise
@@ -172,7 +206,12 @@ class LegServer:
         permit: LegPermit,
         request: PeerRequest,
     ) -> None:
-        leg = ServedLeg(stream, leg_request, job, self._local, self._identity, price)
+        backend: Backend = self._local
+        outcome: UpstreamOutcome | None = None
+        if job.model.owner == OWNER:
+            backend = upstream = self._upstreams.choose(job.model.id)
+            outcome = UpstreamOutcome(self._upstreams.breaker, upstream)
+        leg = ServedLeg(stream, leg_request, job, backend, self._identity, price)
         owed = False
         try:
             async with leg:
@@ -182,8 +221,10 @@ class LegServer:
                 if await leg.send_all(permit.check_paid):
                     permit.proven = True
                     await leg.hear_verdict()
-        except ApiError:
+        except ApiError as error:
             owed = False  # the peer is refused, and gets no more
+            if outcome is not None:
+                outcome.failed(error)
             raise
         finally:
             # Whatever the peer has done meanwhile, and wherever it hung up.  What other legs have
@@ -191,17 +232,22 @@ class LegServer:
             used = leg.tokens + len(job.output) if owed and leg.tokens else 0
             request.reservation.tokens.correct(used)
             proven = leg.proof() if owed else None
+            if leg.record is not None and proven is not None:
+                if outcome is not None:
+                    outcome.served(leg.record)
+                else:
+                    self._load.measured(job.model.id, leg.record)
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(permit, leg, *proven, leg_request.pays_prompt)
 
-    def _is_owed(self, proof: Proof) -> bool:
+    def _is_owed(self, proof: LegStatement) -> bool:
         """A box that stops ends its peers' requests itself, and nobody owes for that."""
         return not (self.draining and proof.finish_reason == "cancelled")
 
-    def _most_tokens(self, job: Job, context: int) -> tuple[int, int]:
+    def _most_tokens(self, job: Job, prompt: int, context: int) -> tuple[int, int]:
         """Of the prompt and of the answer, at most; guessed without a `context`, that is, if the
-        prompt was not read."""
-        prompt = len(job.prompt_tokens or ()) or (0 if context else _TYPICAL_TOKENS)
+        `prompt` was not read."""
+        prompt = prompt or (0 if context else _TYPICAL_TOKENS)
         if job.inputs is not None:
             return prompt, 0
         limit = None if job.max_tokens is None else max(0, job.max_tokens - len(job.output))
@@ -214,7 +260,7 @@ class LegServer:
     def _price(self, model: Model, leg_request: leg_wire.LegRequest) -> Price:
         """What we ask now, unless that is more than the peer was told."""
         pricing = self._settings.config.pricing
-        price = Price.of(pricing.prices_of(model.id), pricing.currency)
+        price = Price.of(prices_of(model, pricing), pricing.currency)
         ours = (price.prompt, price.cached, price.completion)
         try:
             offered = [amount.per_token(price) for price in leg_request.prices]
@@ -231,14 +277,12 @@ class LegServer:
         self,
         permit: LegPermit,
         leg: ServedLeg,
-        proof: Proof,
+        proof: LegStatement,
         signed: SignedProof,
         pays_prompt: bool,
     ) -> None:
         """Into the ledger, also if the peer has not accepted it: then it waits for that there, and
         counts against the peer's credit."""
-        if leg.record is not None:
-            self._load.measured(proof.model, leg.record)
         peer, acceptance, disputed, forged, verdict = permit.peer, b"", None, False, leg.verdict
         if isinstance(verdict, leg_wire.Accepted):
             acceptance = bytes.fromhex(verdict.signature)

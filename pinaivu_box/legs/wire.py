@@ -2,7 +2,8 @@
 
     coordinator                             serving box
     LegRequest, or Count         ->
-                                 <-         LegRefused, and that is all; or Tokens, to a Count
+                                 <-         LegRefused, and that is all; or Tokens, to a Count,
+                                            after Alive while it waits, if `patient`
                                  <-         LegStarted, PromptRead, Outputs ..., Alive while idle
     Stop, at any time            ->
                                  <-         LegProof, before the Outputs with the finish reason
@@ -14,6 +15,8 @@ both hold the same account of the leg, signed by both.
 
 LegRequest says which version of proofs the coordinator reads, and LegStarted which one it gets.  A
 box that does not say so is of version 1: its proofs cover neither log-probabilities nor vectors.
+Of version 3 is what a box says of a leg that it had from an upstream: its Outputs have text without
+token ids, and its LegProof is a `receipt.UpstreamLeg`.
 
 A message is 1 to 64 frames, each with a byte before it: 1 if more of it follows, 0 if not.
 """
@@ -25,7 +28,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.engine.messages import (
     Constraint,
@@ -42,7 +45,8 @@ from pinaivu_box.engine.messages import (
     TypicalP,
 )
 from pinaivu_box.errors import ProtocolError
-from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
+from pinaivu_box.receipts.receipt import Name
+from pinaivu_box.text import DIGEST, NAME, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import send_frames
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES, decode, encode
@@ -118,6 +122,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     thinking: bool = False
     settled: Sampling | None = None
     tag: Tag | None = None
+    system: Text = ""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -144,12 +149,14 @@ class LegRequest(Struct, frozen=True, tag="ask"):
 
 
 class Count(Struct, frozen=True, tag="count"):
-    """Its prompt's tokens are wanted, or the text of `tokens`; see `engine.messages.Tokenize`."""
+    """Its prompt's tokens are wanted, or the text of `tokens`; see `engine.messages.Tokenize`.  A
+    `patient` coordinator reads Alive before the answer; one of an earlier version does not."""
 
     task: Task
     digest: Hex32
     tokens: Tokens_ | None = None
     plain: bool = False
+    patient: bool | UnsetType = UNSET  # here and below: so that frames of others stay as they were
 
 
 class Stop(Struct, frozen=True, tag="stop"):
@@ -181,8 +188,18 @@ class LegRefused(Struct, frozen=True, tag="refused"):
     other: bool = False
 
 
+class AskedUpstream(Struct, frozen=True):
+    """The name of the upstream in the configuration there, and the model's name at it."""
+
+    name: Annotated[str, Meta(max_length=256, pattern=NAME)]
+    model: Shown
+
+
 class LegStarted(Struct, frozen=True, tag="began"):
-    """`nonce` is of the commitment to the output, `proof` the version of what will be signed."""
+    """`nonce` is of the commitment to the output, `proof` the version of what will be signed.  With
+    `upstream` the box does not compute the leg, but asks that: there are no token ids then.  With
+    `exactness`, which is for coordinators that read it, what is signed is of
+    `receipt.EXACT_VERSION`."""
 
     digest: Hex32
     build: Shown
@@ -192,6 +209,8 @@ class LegStarted(Struct, frozen=True, tag="began"):
     thinks: bool
     nonce: Hex32
     proof: Version = 1
+    upstream: AskedUpstream | UnsetType = UNSET
+    exactness: Name | UnsetType = UNSET
 
 
 class PromptRead(Struct, frozen=True, tag="read"):
@@ -223,7 +242,7 @@ class Alive(Struct, frozen=True, tag="alive"):
 
 
 class LegProof(Struct, frozen=True, tag="proved"):
-    """`signed` is the text of a `receipt.Proof`, and `signature` covers it."""
+    """`signed` is the text of a `receipt.LegStatement`, and `signature` covers it."""
 
     signed: Annotated[str, Meta(max_length=100_000)]
     signature: Hex64
@@ -246,13 +265,14 @@ T = TypeVar("T")
 Check = Callable[[bytes], Awaitable[None]]
 
 
-async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> None:
-    """Raises LinkLost, also if the peer takes nothing; ValueError if one is longer than
-    MAX_MESSAGE_BYTES."""
+async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> int:
+    """How many bytes were sent.  Raises LinkLost, also if the peer takes nothing; ValueError if one
+    is longer than MAX_MESSAGE_BYTES."""
     frames = [frame for message in messages for frame in _frames(message)]
-    at_once = sum(map(len, frames)) <= _PIECE
-    for batch in [frames] if at_once else [[frame] for frame in frames]:
+    size = sum(map(len, frames))
+    for batch in [frames] if size <= _PIECE else [[frame] for frame in frames]:
         await send_frames(stream, *batch)
+    return size
 
 
 def _frames(message: ToServing | ToCoordinator) -> list[bytes]:

@@ -1,27 +1,19 @@
-"""The default model that comes with the program: inside the executable, or beside the package.
+"""The default model that comes with the program: appended to the executable, or beside the package.
 
-In the executable it is appended after PyInstaller's archive at a page boundary, so that its
-weights are memory-mapped straight out of the executable and nothing is unpacked.  Layout of the
-file's end: padding, GGUF, then a 64-byte footer of magic, offset, size (both little-endian u64),
-the SHA-256 of the GGUF and 8 zero bytes.
+In the executable its weights are memory-mapped straight out of it, and nothing is unpacked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pinaivu_box import appended
+
 MODEL_ID = "smollm2:135m"
 FILE_NAME = "smollm2-135m.gguf"
-
-_MAGIC = b"pnvgguf1"
-_FOOTER = struct.Struct("<8sQQ32s8x")
-_PAGE = 65536  # a multiple of every page size in use
 
 
 @dataclass(frozen=True)
@@ -45,34 +37,28 @@ def find() -> Location | None:
 
 
 def read_footer(executable: Path) -> Location | None:
-    with executable.open("rb") as file:
-        if file.seek(0, os.SEEK_END) < _FOOTER.size:
-            return None
-        file.seek(-_FOOTER.size, os.SEEK_END)
-        magic, offset, size, digest = _FOOTER.unpack(file.read(_FOOTER.size))
-    return Location(executable, offset, size, digest.hex()) if magic == _MAGIC else None
+    """The model that ends the executable."""
+    last = _last(executable)
+    return _location(last) if last else None
 
 
 def append(executable: Path, gguf: Path) -> Location:
     """Put `gguf` at the end of `executable`, in place of a model that is already there."""
-    existing = read_footer(executable)
+    existing = _last(executable)
     temporary = executable.with_name(executable.name + ".new")
     shutil.copy2(executable, temporary)
-    with temporary.open("r+b") as out, gguf.open("rb") as source:
-        if existing:
-            out.truncate(existing.offset)
-        out.seek(0, os.SEEK_END)
-        offset = -(-out.tell() // _PAGE) * _PAGE
-        out.seek(offset)
-        shutil.copyfileobj(source, out, 1 << 20)
-        size = out.tell() - offset
-        source.seek(0)
-        digest = hashlib.file_digest(source, "sha256").digest()
-        out.write(_FOOTER.pack(_MAGIC, offset, size, digest))
+    if existing:
+        with temporary.open("r+b") as out:
+            out.truncate(existing.before)
+    made = appended.append(temporary, appended.MODEL, gguf)
     temporary.replace(executable)
-    return Location(executable, offset, size, digest.hex())
+    return _location(made, executable)
 
 
-if __name__ == "__main__":  # build/binary calls: python -m pinaivu_box.models.bundled EXE GGUF
-    where = append(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{where.size} bytes at {where.offset}, sha256 {where.digest}", file=sys.stderr)
+def _last(executable: Path) -> appended.Appended | None:
+    found = appended.read(executable)
+    return found[0] if found and found[0].mark == appended.MODEL else None
+
+
+def _location(found: appended.Appended, path: Path | None = None) -> Location:
+    return Location(path or found.path, found.offset, found.size, found.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -12,23 +13,36 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from pinaivu_box.config import Config, ModelConfig, SamplingConfig
+from pinaivu_box.config import Config, ModelConfig, ModelSettings
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
-from pinaivu_box.models import bundled, folder_scan, gguf, known_models, splits
+from pinaivu_box.models import aliases as alias_file
+from pinaivu_box.models import bundled, gguf, known_models, model_scan, splits
+from pinaivu_box.models import overrides as override_file
 from pinaivu_box.models import record as records
-from pinaivu_box.models.folder_scan import FolderScan
-from pinaivu_box.models.gguf import BadGguf, Header
+from pinaivu_box.models.adapters import ModelAdapter, digest_with
+from pinaivu_box.models.adapters import read as read_adapters
+from pinaivu_box.models.aliases import Aliases
+from pinaivu_box.models.caches import cache as caches
+from pinaivu_box.models.caches.cache import CachedModel
+from pinaivu_box.models.gguf import Header
+from pinaivu_box.models.gguf_bytes import BadGguf
 from pinaivu_box.models.header_reader import HeaderReader
-from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
+from pinaivu_box.models.model_scan import ModelScan
+from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable, spellings
+from pinaivu_box.models.overrides import ModelOverrides
+from pinaivu_box.models.projectors import NONE as NO_PROJECTOR
+from pinaivu_box.models.projectors import Projectors
 from pinaivu_box.models.record import NO_PARAMETERS, ModelParameters, ModelRecord
-from pinaivu_box.models.regular_files import download_mark, sha256, stat_regular
+from pinaivu_box.models.regular_files import download_mark, open_regular, sha256, stat_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _FAKE_DIGEST = hashlib.sha256(b"fake").hexdigest()
-RENAME_IT, RENAME_ONE = ": rename it", ": rename one of them"  # ends of reasons
+RENAME_IT, RENAME_ONE = splits.RENAME_IT, ": rename one of them"  # ends of reasons
+_MAX_TEMPLATE_BYTES = 256 * 1024  # the largest of known models have 20,000
 _RECENT_SECONDS = 60.0  # a file that changed since may still be written to
+
+
+NO_ALIASES = Aliases()
 
 
 class ModelPart(NamedTuple):
@@ -42,7 +56,10 @@ class Model:
 
     A model in several files has them as `parts`, of which `path` is the first and `size` the sum.
     `recorded_digest` is set where the digest is known without reading the file.  A `remote` one
-    is at peers only: it has neither file nor header here.
+    is at peers only: it has neither file nor header here.  `template` (Jinja) is configured in
+    place of the file's.  With a `projector` it sees images.  With `adapters` it is another model
+    than its `base`, of which `recorded_digest` is then.  `draft` is the model that drafts for it.
+    `settings` are those in force: the `overrides` in place of what is configured.
     """
 
     id: str
@@ -52,12 +69,16 @@ class Model:
     created: int = 0
     owner: str = "local"
     header: Header = field(default_factory=Header)
-    context: int = 0
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    settings: ModelSettings = field(default_factory=ModelSettings)
     recorded_digest: str | None = None
     remote: bool = False
     parts: tuple[ModelPart, ...] = ()
     record: ModelRecord | None = None
+    template: str = ""
+    projector: ModelPart | None = None
+    adapters: tuple[ModelAdapter, ...] = ()
+    draft: Model | None = None
+    overrides: ModelOverrides = override_file.NONE
 
     @property
     def parameters(self) -> ModelParameters:
@@ -66,10 +87,40 @@ class Model:
 
     @property
     def files(self) -> list[Model]:
-        """Each of its files as a model of its own: itself, or its parts."""
-        if not self.parts:
-            return [self]
-        return [replace(self, path=path, size=size, parts=()) for path, size in self.parts]
+        """Each of its files as a model of its own: itself, or its parts; without its adapters."""
+        base = self.base
+        if not base.parts:
+            return [base]
+        return [replace(base, path=path, size=size, parts=()) for path, size in base.parts]
+
+    @property
+    def base(self) -> Model:
+        """The model without its adapters."""
+        return replace(self, adapters=()) if self.adapters else self
+
+    @property
+    def adapter_files(self) -> list[Model]:
+        """The files of its adapters, each as if it were a model."""
+        return [Model(self.id, adapter.path, size=adapter.size) for adapter in self.adapters]
+
+    @property
+    def projector_file(self) -> Model | None:
+        """The file of its projector, as if it were a model."""
+        if self.projector is None:
+            return None
+        return Model(self.id, self.projector.path, size=self.projector.size)
+
+    def digest_from(self, base: str, adapters: Sequence[str]) -> str:
+        """Its digest, from those of its base and of its adapters' files."""
+        if not self.adapters:
+            return base
+        scales = [adapter.scale for adapter in self.adapters]
+        return digest_with(base, list(zip(adapters, scales, strict=True)))
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether its files are another program's, which this one only reads."""
+        return self.owner in caches.PROGRAMS
 
     @property
     def is_fake(self) -> bool:
@@ -77,13 +128,26 @@ class Model:
 
 
 class Catalog:
-    def __init__(self, models: dict[str, Model], not_served: dict[Path, str] | None = None) -> None:
+    """`aliases` are other names, which `find` does not know: who may use them is for the gateway to
+    say."""
+
+    def __init__(
+        self,
+        models: dict[str, Model],
+        not_served: dict[Path, str] | None = None,
+        aliases: Aliases = NO_ALIASES,
+    ) -> None:
         self._models = models
         self._not_served = not_served or {}
+        self.aliases = aliases
 
     @property
     def models(self) -> list[Model]:
         return list(self._models.values())
+
+    def get(self, model_id: str) -> Model | None:
+        """The model of exactly that id."""
+        return self._models.get(model_id)
 
     @property
     def not_served(self) -> dict[Path, str]:
@@ -103,11 +167,12 @@ class Catalog:
     def without(self, ids: set[str]) -> Catalog:
         """A catalog without those models."""
         left = {model.id: model for model in self.models if model.id not in ids}
-        return Catalog(left, self._not_served)
+        return Catalog(left, self._not_served, self.aliases)
 
     def with_models(self, more: Iterable[Model]) -> Catalog:
         """A catalog with those models too."""
-        return Catalog(self._models | {model.id: model for model in more}, self._not_served)
+        models = self._models | {model.id: model for model in more}
+        return Catalog(models, self._not_served, self.aliases)
 
     def is_written(self, model: Model) -> bool:
         """Whether one of the model's files is being written."""
@@ -116,7 +181,7 @@ class Catalog:
 
     def find(self, model_id: str) -> Model:
         """The model of that id; a name without a tag means `:latest`.  Raises ModelNotFound."""
-        for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
+        for candidate in spellings(model_id):
             if candidate in self._models:
                 return self._models[candidate]
         near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
@@ -135,10 +200,11 @@ def load(
     home: Path,
     headers: HeaderReader | None = None,
     *,
-    scan: FolderScan | None = None,
+    scan: ModelScan | None = None,
     configured: Mapping[str, Model] | None = None,
 ) -> Catalog:
-    """The configured models, then the files in the models folder, then the bundled model.
+    """The configured models, then the files in the models folder, then the bundled model, then the
+    models of other programs.
 
     A configured file that cannot be served is the operator's mistake (CliError); one in the folder
     is noted, and stops no other.  This reads files: it is no work for an event loop.  `headers`
@@ -146,36 +212,190 @@ def load(
     `configured` models if they are known, are not read again.
     """
     headers = headers or HeaderReader()
+    aliases, made = alias_file.read(config.aliases, home), override_file.read(home)
     try:
-        models = _of_config(config.model, headers) if configured is None else dict(configured)
-        scan = scan or folder_scan.scan(directory(config, home))
+        entries = [entry for entry in config.model if entry.path]
+        models = _of_config(entries, headers, aliases) if configured is None else dict(configured)
+        scan = scan or model_scan.scan(directory(config, home), config.model_caches)
         not_served = scan.not_served
-        for (_, count), files in _grouped(scan.files, not_served).items():
-            paths = [files[number] for number in sorted(files)]
+        _add_folder(models, scan, headers, aliases)
+        if not aliases.named(bundled.MODEL_ID):
+            _add_bundled(models, not_served)
+        _add_cached(models, scan, headers, aliases)
+        projectors = _ProjectorReader(headers, {entry.name: entry for entry in config.model})
+        for model in list(models.values()):
             try:
-                record = records.read(paths[0])
-                model_id = record.id if record is not None else _id_of(paths[0])
-                if (other := models.get(model_id)) is not None:
-                    if other.owner == "local" and _same_file(paths[0], other.path):
-                        continue  # this very file: the configuration names it, or a link leads here
-                    raise BadGguf(
-                        f"another file is served as {model_id} already "
-                        f"({printable(str(other.path))}){RENAME_ONE}"
-                    )
-                splits.check_complete(count, list(files))
-                model = _from_files(model_id, paths, headers)
-                models[model_id] = replace(model, record=record)
-            except (BadGguf, OSError) as error:
-                not_served[paths[0]] = _reason(error)
+                models[model.id] = projectors.given(model)
+            except CliError as error:
+                if configured is None and model.id in {entry.name for entry in entries}:
+                    raise
+                del models[model.id]
+                not_served[model.path] = error.message.rstrip(".")
+        _leave_out_projectors(models, not_served)
     finally:
         headers.finish()
+    _add_settings(models, config.model, not_served, strict=configured is None)
+    for name, model in models.items():
+        overrides = made.get(name, override_file.NONE)
+        settings = overrides.applied_to(model.settings)
+        models[name] = replace(model, settings=settings, overrides=overrides)
+    _add_drafts(models, config.model, aliases, strict=configured is None)
+    return Catalog(models, not_served, aliases)
+
+
+def _add_folder(
+    models: dict[str, Model], scan: ModelScan, headers: HeaderReader, aliases: Aliases
+) -> None:
+    """Those of the models folder; what cannot be served is noted in the scan."""
+    not_served = scan.not_served
+    for count, files in splits.grouped(scan.files, not_served):
+        paths = [files[number] for number in sorted(files)]
+        try:
+            record = records.read(paths[0])
+            model_id = record.id if record is not None else _id_of(paths[0])
+            if (target := aliases.target_of(model_id)) is not None:
+                raise BadGguf(f"{model_id} is an alias of {target} here{RENAME_IT}")
+            if (other := models.get(model_id)) is not None:
+                if other.owner == "local" and _same_file(paths[0], other.path):
+                    continue  # this very file: the configuration names it, or a link leads here
+                raise BadGguf(
+                    f"another file is served as {model_id} already "
+                    f"({printable(str(other.path))}){RENAME_ONE}"
+                )
+            splits.check_complete(count, list(files))
+            model = _from_files(model_id, paths, headers)
+            models[model_id] = replace(model, record=record)
+        except (BadGguf, OSError) as error:
+            not_served[paths[0]] = _reason(error)
+
+
+def _add_settings(
+    models: dict[str, Model],
+    entries: Sequence[ModelConfig],
+    not_served: dict[Path, str],
+    *,
+    strict: bool,
+) -> None:
+    """The settings of each model, if it can have them.  Raises CliError if it is `strict`."""
+    for entry in entries:
+        if (served := models.get(entry.name)) is not None:
+            try:
+                models[entry.name] = _with_settings(served, entry)
+            except CliError as error:
+                if strict:
+                    raise
+                del models[entry.name]
+                not_served[served.path] = error.message.rstrip(".")
+
+
+def _add_drafts(
+    models: dict[str, Model], entries: Sequence[ModelConfig], aliases: Aliases, *, strict: bool
+) -> None:
+    """Find the draft models.  One that is not here is a mistake (CliError) if that is `strict`;
+    else, as its file has gone since, the model goes on without it."""
+    known = Catalog({name: replace(model, draft=None) for name, model in models.items()})
+    for entry in entries:
+        if entry.name not in models:
+            continue
+        try:
+            name = aliases.target_of(entry.draft) or entry.draft
+            draft = known.find(name) if name else None
+        except ModelNotFound as error:
+            if strict:
+                raise CliError(f"The draft model of {entry.name}: {error.message}") from error
+            draft = None
+        models[entry.name] = replace(models[entry.name], draft=draft)
+
+
+def _with_settings(model: Model, entry: ModelConfig) -> Model:
+    """Raises CliError."""
+    if not entry.template:
+        return replace(model, settings=entry)
+    try:
+        with open_regular(_expanded(entry.template)) as file:
+            data = file.read(_MAX_TEMPLATE_BYTES + 1)
+        if len(data) > _MAX_TEMPLATE_BYTES:
+            raise ValueError(f"it has more than {_MAX_TEMPLATE_BYTES:,} bytes")
+        return replace(model, settings=entry, template=data.decode())
+    except (OSError, ValueError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else _reason(error)
+        raise CliError(
+            f"The template of model {entry.name} ({printable(entry.template)}) cannot be read: "
+            f"{why}."
+        ) from error
+
+
+def _add_bundled(models: dict[str, Model], not_served: dict[Path, str]) -> None:
     location = bundled.find()
     if location and bundled.MODEL_ID not in models:
         try:
             models[bundled.MODEL_ID] = _bundled(location)
         except (BadGguf, OSError) as error:
             not_served[location.path] = f"the bundled model: {_reason(error)}"
-    return Catalog(models, not_served)
+
+
+def _add_cached(
+    models: dict[str, Model], scan: ModelScan, headers: HeaderReader, aliases: Aliases
+) -> None:
+    """Add the models of other programs, but for those whose names are taken."""
+    not_served = scan.not_served
+    for cache, files in scan.cached:
+        for cached in cache.read(files, not_served):
+            try:
+                if (target := aliases.target_of(cached.id)) is not None:
+                    raise BadGguf(f"{cached.id} is an alias of {target}")
+                model = _cached(cache.program, cached, headers)
+                other = models.setdefault(model.id, model)
+                if other.size != model.size:  # else it is most likely the same file
+                    raise BadGguf(f"another file is served as {model.id} already")
+            except (BadGguf, OSError) as error:
+                not_served[cached.files[0]] = _reason(error)
+
+
+def _cached(program: str, cached: CachedModel, headers: HeaderReader) -> Model:
+    """Raises BadGguf, OSError."""
+    model = _from_files(cached.id, cached.files, headers)
+    return replace(model, owner=program, record=cached.record)
+
+
+def _leave_out_projectors(models: Mapping[str, Model], not_served: dict[Path, str]) -> None:
+    """Projectors of models are no files that could be served and are not."""
+    used = {model.projector.path for model in models.values() if model.projector is not None}
+    for path in [path for path in not_served if used and Path(os.path.realpath(path)) in used]:
+        del not_served[path]
+
+
+class _ProjectorReader:
+    """Finds the projectors of models, and reads their headers."""
+
+    def __init__(self, headers: HeaderReader, settings: Mapping[str, ModelSettings]) -> None:
+        self._headers, self._settings, self._beside = headers, settings, Projectors()
+
+    def given(self, model: Model) -> Model:
+        """The model with its projector: the configured one, that of its record, or one that lies
+        beside it.  Raises CliError if one of the first two cannot be used."""
+        name = self._settings[model.id].projector if model.id in self._settings else ""
+        record = model.record.projector if model.record is not None else ""
+        if name == NO_PROJECTOR or model.is_fake:
+            return model
+        if name or record:
+            path = _expanded(name).absolute() if name else model.path.parent / record
+            try:
+                return replace(model, projector=self._read(path))
+            except (BadGguf, OSError) as error:
+                raise CliError(
+                    f"The projector of model {model.id} ({printable(str(path))}) cannot be used: "
+                    f"{_reason(error)}."
+                ) from error
+        for path in self._beside.beside(model.path) if model.owner != "bundled" else ():
+            with contextlib.suppress(BadGguf, OSError):
+                return replace(model, projector=self._read(path))
+        return model
+
+    def _read(self, path: Path) -> ModelPart:
+        facts = stat_regular(path)
+        gguf.check_projector(self._headers.read(path, facts))
+        return ModelPart(Path(os.path.realpath(path)), facts.st_size)
 
 
 def _why_not(path: Path, why: str) -> str:
@@ -203,12 +423,16 @@ def _bundled(location: bundled.Location) -> Model:
     )
 
 
-def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[str, Model]:
+def _of_config(
+    entries: Sequence[ModelConfig], headers: HeaderReader, aliases: Aliases
+) -> dict[str, Model]:
     """Raises CliError."""
     models: dict[str, Model] = {}
     for entry in entries:
         if not is_model_id(entry.name):
             raise CliError(f"'{printable(entry.name)}' is not a model name: write it as name:tag.")
+        if (target := aliases.target_of(entry.name)) is not None:
+            raise CliError(f"{entry.name} is an alias of {target}: give the model another name.")
         try:
             models[entry.name] = _configured(entry, headers)
         except (OSError, ValueError) as error:
@@ -217,27 +441,6 @@ def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[st
                 f"{_reason(error)}."
             ) from error
     return models
-
-
-def _grouped(
-    files: Sequence[Path], not_served: dict[Path, str]
-) -> dict[tuple[Path, int], dict[int, Path]]:
-    """The files of each model by the number of the part, by the model's path without numbers and
-    how many parts it has; a file of its own is part 1 of 1."""
-    groups: dict[tuple[Path, int], dict[int, Path]] = {}
-    for path in files:
-        try:
-            part = splits.parse(path.name)
-            if part is None:
-                groups[path, 1] = {1: path}
-                continue
-            group = groups.setdefault((path.with_name(part.stem), part.count), {})
-            if part.number in group:
-                raise BadGguf(f"{printable(group[part.number].name)} is the same part{RENAME_IT}")
-            group[part.number] = path
-        except BadGguf as error:
-            not_served[path] = str(error)
-    return groups
 
 
 def _id_of(path: Path) -> str:
@@ -283,8 +486,12 @@ def _expanded(text: str) -> Path:
 
 
 def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
-    """SHA-256 of the GGUF in hex, of a model in several files what `splits` makes of theirs; reads
-    them whole (about 1 GB/s).  Raises OSError, also if it is `stopped`."""
+    """SHA-256 of the GGUF in hex, of a model in several files what `splits` makes of theirs, and
+    with adapters what `adapters` makes of all; reads them whole (about 1 GB/s).  Raises OSError,
+    also if it is `stopped`."""
+    if model.adapters:
+        adapters = [digest_of(file, stopped) for file in model.adapter_files]
+        return model.digest_from(digest_of(model.base, stopped), adapters)
     if model.recorded_digest:
         return model.recorded_digest
     digests = [sha256(file.path, stopped) for file in model.files]
@@ -294,12 +501,14 @@ def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
 def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError, ValueError (of a path that none can be)."""
     if entry.path.startswith(FAKE):
-        model = Model(entry.name, Path(entry.path), owner="fake", recorded_digest=_FAKE_DIGEST)
-    else:
-        path = _expanded(entry.path).absolute()
-        str(path).encode()  # it is sent to the engine in UTF-8
-        model = _from_files(entry.name, _parts_from(path), headers)
-    return replace(model, context=entry.context, sampling=entry.sampling)
+        if entry.adapters:
+            raise ValueError("a fake model takes no adapters")
+        return Model(entry.name, Path(entry.path), owner="fake", recorded_digest=_FAKE_DIGEST)
+    path = _expanded(entry.path).absolute()
+    str(path).encode()  # it is sent to the engine in UTF-8
+    model = _from_files(entry.name, _parts_from(path), headers)
+    adapters = read_adapters(entry.adapters, model.header.architecture, headers)
+    return replace(model, adapters=adapters)
 
 
 def _parts_from(path: Path) -> list[Path]:
@@ -335,6 +544,6 @@ def _from_files(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> 
         paths[0],
         size=sum(file.st_size for file in facts),
         created=max(int(file.st_mtime) for file in facts),
-        header=msgspec.structs.replace(read[0], parameters=sum(each.parameters for each in read)),
+        header=gguf.joined(read),
         parts=parts if len(parts) > 1 else (),
     )

@@ -23,10 +23,11 @@ class FolderScan:
     not_served: dict[Path, str] = field(default_factory=dict)
 
 
-def scan(folder: Path) -> FolderScan:
-    """Find everything that is named like a model.  Folders whose names begin with a dot are
-    skipped, and a folder that is reached twice (by links) is scanned once.  A link that leads to a
-    folder above it (such as `/`) is not followed."""
+def scan(folder: Path, *, suffix: str = SUFFIX, links: bool = True) -> FolderScan:
+    """Find everything that is named like a model, or with another `suffix`.  Folders whose names
+    begin with a dot are skipped, and a folder that is reached twice (by links) is scanned once.  A
+    link that leads to a folder above it (such as `/`) is not followed, nor, without `links`, one to
+    any folder."""
     result = FolderScan()
     if not os.path.lexists(folder):
         return result
@@ -50,20 +51,20 @@ def scan(folder: Path) -> FolderScan:
                         why = f"it has more than {MAX_ENTRIES:,} entries"
                     result.not_served[folder] = f"{why}: the rest was not looked at"
                     return result
-                is_folder, has_suffix = _is_folder(entry), entry.name.lower().endswith(SUFFIX)
+                is_folder, has_suffix = _is_folder(entry), entry.name.lower().endswith(suffix)
                 if not is_folder and not has_suffix:
                     continue
                 path = current / entry.name
                 if not is_folder:
                     result.files.append(path)
                     continue
-                if has_suffix:
+                if suffix and has_suffix:
                     result.not_served[path] = "it is a directory, not a regular file"
                 if entry.name.startswith("."):
                     continue
-                if entry.is_symlink() and _leads_upwards(path, folder):
-                    why = "it is a link to a folder above it: it is not followed"
-                    result.not_served[path] = why
+                if entry.is_symlink() and (not links or _leads_upwards(path, folder)):
+                    where = "above it" if links else "in the folder of another program"
+                    result.not_served[path] = f"it is a link to a folder {where}: not followed"
                 else:
                     folders.append((path, depth + 1))
         except OSError as error:

@@ -1,16 +1,16 @@
-"""Notices changes in the models folder, and files that are still being written."""
+"""Notices changes in the folders with models, and files that are still being written."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pinaivu_box.models import folder_scan, gguf
+from pinaivu_box.models import gguf, model_scan
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.folder_scan import FolderScan
+from pinaivu_box.models.model_scan import ModelScan
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.regular_files import download_mark
 
@@ -32,12 +32,13 @@ class FolderWatch:
         self._before: dict[Path, _Facts] | None = None  # in the look before
         self._taken: _State = {}, {}  # what was returned last
 
-    def look(self, path: Path) -> FolderScan | None:
-        """What is in the folder if that has changed, else None.  A file that is not as it was in
-        the look before is not among its files: it is being written."""
+    def look(self, path: Path, model_caches: Sequence[str] = ()) -> ModelScan | None:
+        """What is in the folder, and in those of other programs, if that has changed, else None.  A
+        file that is not as it was in the look before is not among its files: it is being written.
+        """
         began = time.monotonic()
-        scan = folder_scan.scan(path)
-        now = {file: _facts(file) for file in scan.files}
+        scan = model_scan.scan(path, model_caches)
+        now = {file: _facts(file) for file in scan.all_files}
         before, self._before = self._before, now
         self.seconds = max(_LOOK_SECONDS, _MIN_PAUSE_FACTOR * (time.monotonic() - began))
         if before is None:
@@ -49,7 +50,7 @@ class FolderWatch:
             if facts in (before.get(file), taken.get(file))
         }
         scan.not_served |= {file: gguf.BEING_WRITTEN for file in now if file not in unchanged}
-        scan.files = list(unchanged)
+        scan.keep(set(unchanged))
         state = unchanged, dict(scan.not_served)
         if state == self._taken:
             return None

@@ -1,45 +1,46 @@
 """The facts in a GGUF file's header, read without llama.cpp (which the parent never loads).
 
 Format: ggml/docs/gguf.md.  A file is hostile until it is read: whatever its counts and lengths say,
-reading takes at most `_MAX_ITEMS` steps and `_MAX_HEADER_BYTES` of the file, and keeps only the
-values that the box needs.  Arrays (vocabularies, merges) are passed over.
+reading is bounded (`gguf_bytes`), and only the values that the box needs are kept.  Arrays
+(vocabularies, merges) are passed over, but for those that have a number for each layer.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from pinaivu_box.models.gguf_bytes import INCOMPLETE, NO_ROOM, BadGguf, GgufBytes
+from pinaivu_box.models.layer_caches import (
+    MAX_LAYERS,
+    LayerCache,
+    Numbers,
+    Scalar,
+    layer_caches,
+)
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.regular_files import open_regular
-
-Scalar = int | float | bool | str
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f",
     7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_MAX_STRING_BYTES = 16 * 1024 * 1024
-_MAX_VALUE_BYTES = 256  # of a string that is kept
-_MAX_NAME_BYTES = 4096  # of keys and tensors; the format allows 65,535
+_WHOLE_NUMBERS = (0, 1, 2, 3, 4, 5, 7, 10, 11)  # types; booleans count as 0 and 1
 _MAX_KEYS = 65_536
 _MAX_TENSORS = 131_072
-_MAX_ITEMS = 4_000_000  # keys, tensors and strings of arrays; the largest vocabularies have 800,000
-_MAX_HEADER_BYTES = 256 * 1024 * 1024
-_WINDOW_BYTES = 1024 * 1024
 _EMPTY = "it is empty"
-_INCOMPLETE = "it is incomplete"
-_CUT_OFF = f"{_INCOMPLETE}: it ends in the middle of its header"
-_NO_ROOM = "more than the file has room for"
 BEING_WRITTEN = "it was written to a moment ago"
 _MAX_INT = 2**31 - 1
+_MAX_COUNT = 2**62
 # ggml_type -> elements in a block, and its bytes.  What is not here may be of a newer llama.cpp.
 TENSOR_TYPES = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
@@ -59,39 +60,85 @@ _QUANTISATIONS = {
     30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }  # fmt: skip
 _ENCODER_TENSORS = ("v.", "mm.")  # beginnings of names, as in llama.cpp's mtmd
+_PLACED_PROJECTORS = ("hunyuanvl", "deepseek4v")
 _PROJECTOR = "it is a projector for images (mmproj), which is no model by itself"
 _ENCODER = (
     "it holds an encoder for images beside the model, which llama.cpp reads from a file of its "
     "own: pull the model from the Hub (hf.co/OWNER/REPO), where the two are apart"
 )
+_BYTES = ("input_bytes", "output_bytes", "embedding_bytes")  # of headers
+_TEMPLATE = "tokenizer.chat_template"
+_EXPERTS = "_exps."  # in names of tensors: ffn_gate_exps.weight
+_BLOCK = re.compile(r"blk\.([0-9]{1,4})\.")  # beginning of the names of a layer's tensors
+_TOKEN_EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
+# Beginnings of the names of what llama.cpp keeps in the machine's memory, before the first layer.
+_INPUT_TENSORS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
+# What `layer_caches` computes with, and how large it may be.
+_SIZES = {
+    "block_count": 65_536,
+    "attention.head_count": 65_536,
+    "attention.head_count_kv": 65_536,
+    "attention.key_length": 2**24,
+    "attention.value_length": 2**24,
+}
 _OTHER_KIND = "it holds no model but "
-
-
-class BadGguf(ValueError):
-    """The bytes are not a GGUF file that can be served; the message says why, as the end of a
-    sentence."""
 
 
 class Header(Struct, frozen=True):
     """What the box needs to know of a file.
 
-    `kv_bytes_per_token` are the bytes of one cell of an f16 KV cache over all layers (an upper
-    bound where a model keeps less, as sliding-window layers do).  A file that is part of a model
+    A file that is part of a model
     says that it is number `part` (from 1) of `parts` with `all_tensors` in all; otherwise those are
-    0.  `parameters` counts the numbers in its tensors; with `has_encoder` some of them read images.
+    0.  `parameters` counts the numbers in its tensors, `expert_parameters` those of experts, of
+    which a token uses `experts_used` of `experts`; with `has_encoder` some read images.  With
+    `has_template` it says how a chat is written.  `projector` is the kind of a projector for
+    images, `adapter` that of an adapter, "lora".
+
+    For memory (see `fit`): bytes of the tensors of each layer, of those before and after them, and
+    of the token embeddings, with which the output is computed unless it has a tensor of its own;
+    what each layer caches; and the widths that buffers for computing depend on.
     """
 
     architecture: str = ""
     kind: str = "model"
     context_length: int = 2048
-    kv_bytes_per_token: int = 0
     tensors: int = 0
     part: int = 0
     parts: int = 0
     all_tensors: int = 0
     parameters: int = 0
+    expert_parameters: int = 0
+    experts: int = 0
+    experts_used: int = 0
     has_encoder: bool = False
     quantisation: str = ""
+    adapter: str = ""
+    layer_bytes: Numbers = ()
+    input_bytes: int = 0
+    output_bytes: int = 0
+    embedding_bytes: int = 0
+    has_output: bool = False
+    caches: tuple[LayerCache, ...] = ()
+    vocabulary: int = 0
+    embedding: int = 0
+    feed_forward: int = 0
+    has_windows: bool = False  # in the attention of some layers
+    has_template: bool = False
+    license: str = ""
+    projector: str = ""
+
+    @property
+    def tied_output(self) -> bool:
+        """Whether the output is computed with the token embeddings."""
+        return self.embedding_bytes > 0 and not self.has_output
+
+    @property
+    def active_parameters(self) -> int:
+        """How many parameters a token uses."""
+        if not 0 < self.experts_used <= self.experts:
+            return self.parameters
+        idle = self.expert_parameters * (self.experts - self.experts_used) // self.experts
+        return self.parameters - idle
 
 
 def read_header(path: Path, offset: int = 0, size: int | None = None) -> Header:
@@ -102,7 +149,23 @@ def read_header(path: Path, offset: int = 0, size: int | None = None) -> Header:
     """
     with open_regular(path, buffering=0) as file:
         rest = file.seek(0, 2) - offset
-        return _read(_Reader(file, offset, rest if size is None else min(size, rest)))
+        return _read(GgufBytes(file, offset, rest if size is None else min(size, rest)))
+
+
+def joined(headers: Sequence[Header]) -> Header:
+    """The header of a model in several files: that of the first, with the tensors of all."""
+    layers = zip_longest(*(each.layer_bytes for each in headers), fillvalue=0)
+    sums = {
+        name: sum(getattr(each, name) for each in headers)
+        for name in ("parameters", "expert_parameters", *_BYTES)
+    }
+    return replace(
+        headers[0],
+        layer_bytes=tuple(map(sum, layers)),
+        has_output=any(each.has_output for each in headers),
+        vocabulary=max(each.vocabulary for each in headers),
+        **sums,
+    )
 
 
 def check_whole(header: Header, tensors: int) -> None:
@@ -120,6 +183,33 @@ def check_whole(header: Header, tensors: int) -> None:
         raise BadGguf("it has no tensors")
 
 
+def check_adapter(header: Header, architecture: str) -> None:
+    """Whether a file is a LoRA adapter for models of that architecture.  Raises BadGguf."""
+    if header.kind != "adapter":
+        raise BadGguf(f"it is no adapter but {printable(header.kind)} (its general.type)")
+    if header.adapter != "lora":
+        kind = printable(header.adapter) or "unknown"
+        raise BadGguf(f"it is an adapter of the kind {kind}, not a LoRA (its adapter.type)")
+    if header.architecture != architecture:
+        raise BadGguf(
+            f"it is for {printable(header.architecture)} models (its general.architecture), and "
+            f"this one is {printable(architecture)}"
+        )
+    if header.tensors == 0:
+        raise BadGguf("it has no tensors")
+
+
+def check_projector(header: Header) -> None:
+    """Whether a file is a projector for images that this box can use.  Raises BadGguf."""
+    if header.architecture != "clip" or not header.projector:
+        raise BadGguf("it is no projector for images (mmproj)")
+    if header.projector in _PLACED_PROJECTORS:
+        raise BadGguf(
+            f"its images ({header.projector}) depend on where in the prompt they are, which this "
+            "box does not support"
+        )
+
+
 def is_no_model(why: str) -> bool:
     """Whether a file is not served because it is something else than a model, not because there is
     something wrong with it."""
@@ -128,91 +218,10 @@ def is_no_model(why: str) -> bool:
 
 def is_unfinished(why: str) -> bool:
     """Whether a file that is not served may be served once more of it was written."""
-    return _INCOMPLETE in why or why == _EMPTY or why.endswith((_NO_ROOM, BEING_WRITTEN))
+    return INCOMPLETE in why or why == _EMPTY or why.endswith((NO_ROOM, BEING_WRITTEN))
 
 
-class _Reader:
-    """Reads the file in windows, within its bounds.  Raises BadGguf."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self._file, self._offset, self.size = file, offset, size
-        self.at = 0  # where in the GGUF the next byte is
-        self._window, self._begin = b"", 0  # bytes, and where in the GGUF they are
-        self._left = _MAX_ITEMS
-
-    def step(self, count: int = 1) -> None:
-        self._left -= count
-        if self._left < 0:
-            raise BadGguf(f"its header has more than {_MAX_ITEMS:,} entries")
-
-    def take(self, size: int) -> bytes:
-        begin = self.at - self._begin
-        if begin < 0 or begin + size > len(self._window):
-            self._fill(size)
-            begin = 0
-        self.skip(size)
-        return self._window[begin : begin + size]
-
-    def skip(self, size: int) -> None:
-        if size > self.size - self.at:
-            raise BadGguf(_CUT_OFF)
-        self.at += size
-        if self.at > _MAX_HEADER_BYTES:
-            raise BadGguf(f"its header has more than {_MAX_HEADER_BYTES >> 20} MiB")
-
-    def skip_strings(self, count: int) -> None:
-        """`count` lengths, each with so many bytes after it."""
-        if count > (self.size - self.at) // 8:
-            raise BadGguf(f"it has an array of {count} strings, {_NO_ROOM}")
-        self.step(count)
-        unpack = struct.Struct("<Q").unpack_from
-        while count:
-            self._fill(8)
-            window, at, end = self._window, 0, len(self._window) - 8
-            while count and at <= end:
-                at += 8 + unpack(window, at)[0]
-                count -= 1
-            self.skip(at)
-
-    def _fill(self, size: int) -> None:
-        """Move the window here, with at least so many bytes.  Raises BadGguf if the file ends."""
-        read_size = min(max(size, _WINDOW_BYTES), max(self.size - self.at, 0))
-        self._file.seek(self._offset + self.at)
-        data = bytearray()
-        while len(data) < read_size and (more := self._file.read(read_size - len(data))):
-            data += more
-        if len(data) < size:
-            raise BadGguf(_CUT_OFF)
-        self._window, self._begin = bytes(data), self.at
-
-    # -- values ------------------------------------------------------------------------------------
-
-    def scalar(self, form: str) -> Scalar:
-        value: Scalar = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return value
-
-    def number(self, form: str) -> int:
-        return int(self.scalar(form))
-
-    def name(self) -> str:
-        """Of a key or a tensor."""
-        length = self.number("<Q")
-        if length > _MAX_NAME_BYTES:
-            raise BadGguf(f"it has a name of {length} bytes")
-        return self.take(length).decode(errors="replace")
-
-    def text(self) -> str | None:
-        """A string value; None if it is longer than the box needs (a chat template, say)."""
-        length = self.number("<Q")
-        if length > _MAX_STRING_BYTES:
-            raise BadGguf(f"it has a string of {length} bytes")
-        if length <= _MAX_VALUE_BYTES:
-            return self.take(length).decode(errors="replace")
-        self.skip(length)
-        return None
-
-
-def _read(file: _Reader) -> Header:
+def _read(file: GgufBytes) -> Header:
     if file.size == 0:
         raise BadGguf(_EMPTY)
     if file.size < 4 or file.take(4) != b"GGUF":
@@ -227,32 +236,45 @@ def _read(file: _Reader) -> Header:
         raise BadGguf(f"its header claims {keys} keys")
     if tensors > _MAX_TENSORS:
         raise BadGguf(f"its header claims {tensors} tensors")
-    values = _Values(_metadata(file, keys))
+    metadata = _metadata(file, keys)
+    values = _Values({key: value for key, value in metadata.items() if value is not None})
     read = _read_tensors(file, tensors, values.alignment())
     if read.end > file.size:
         raise BadGguf(
-            f"{_INCOMPLETE}: it has {file.size:,} bytes, and its tensors end at {read.end:,}"
+            f"{INCOMPLETE}: it has {file.size:,} bytes, and its tensors end at {read.end:,}"
         )
-    return replace(values.header(tensors), parameters=read.parameters, has_encoder=read.has_encoder)
+    return replace(
+        values.header(tensors),
+        parameters=min(read.parameters, _MAX_COUNT),
+        expert_parameters=min(read.expert_parameters, _MAX_COUNT),
+        has_encoder=read.has_encoder,
+        layer_bytes=tuple(read.layers),
+        input_bytes=read.input,
+        output_bytes=read.output,
+        embedding_bytes=read.embeddings,
+        has_output=read.has_output,
+        vocabulary=min(read.vocabulary, _MAX_COUNT),
+        has_template=_TEMPLATE in metadata,
+    )
 
 
-def _metadata(file: _Reader, count: int) -> dict[str, Scalar]:
-    metadata: dict[str, Scalar | None] = {}
+def _metadata(file: GgufBytes, count: int) -> dict[str, Scalar | Numbers | None]:
+    """Values by key; None for those that the box does not need."""
+    metadata: dict[str, Scalar | Numbers | None] = {}
     for _ in range(count):
         file.step()
         key = file.name()
         if key in metadata:
             raise BadGguf(f"it has the key {printable(key, 80)} twice")
         metadata[key] = _value(file, file.number("<I"))
-    return {key: value for key, value in metadata.items() if value is not None}
+    return metadata
 
 
-def _value(file: _Reader, kind: int) -> Scalar | None:
+def _value(file: GgufBytes, kind: int) -> Scalar | Numbers | None:
     if kind == _STRING:
         return file.text()
     if kind == _ARRAY:
-        _skip_array(file)
-        return None
+        return _array(file)
     return file.scalar(_form(kind))
 
 
@@ -262,30 +284,59 @@ def _form(kind: int) -> str:
     return _SCALARS[kind]
 
 
-def _skip_array(file: _Reader) -> None:
+def _array(file: GgufBytes) -> Numbers | None:
+    """Its values if they can be numbers of the layers; else it is passed over."""
     kind, count = file.number("<I"), file.number("<Q")
     if kind == _STRING:
         file.skip_strings(count)
-        return
+        return None
     if kind == _ARRAY:
         raise BadGguf("it has an array of arrays, which llama.cpp does not read")
     size = struct.calcsize(_form(kind)) * count
     if size > file.size - file.at:
-        raise BadGguf(f"it has an array of {count} values, {_NO_ROOM}")
+        raise BadGguf(f"it has an array of {count} values, {NO_ROOM}")
+    if kind in _WHOLE_NUMBERS and count <= MAX_LAYERS:
+        return tuple(file.number(_form(kind)) for _ in range(count))
     file.skip(size)
+    return None
 
 
-class _Tensors(NamedTuple):
-    """Where the last tensor ends in the file, and see `Header`."""
+@dataclass
+class _Tensors:
+    """Sums over the tensors: where the last one ends in the file, and see `Header`."""
 
-    end: int
-    parameters: int
-    has_encoder: bool
+    end: int = 0
+    parameters: int = 0
+    expert_parameters: int = 0
+    has_encoder: bool = False
+    layers: list[int] = field(default_factory=list)  # bytes, as the next ones
+    input: int = 0
+    output: int = 0
+    embeddings: int = 0
+    has_output: bool = False
+    vocabulary: int = 0
+
+    def add(self, name: str, shape: Sequence[int], size: int) -> None:
+        """Count a tensor of so many bytes."""
+        elements = math.prod(shape)
+        self.parameters += elements
+        self.expert_parameters += elements if _EXPERTS in name else 0
+        self.has_encoder = self.has_encoder or name.startswith(_ENCODER_TENSORS)
+        block = _BLOCK.match(name)
+        if block is not None and int(block[1]) < MAX_LAYERS:
+            self.layers += [0] * (int(block[1]) + 1 - len(self.layers))
+            self.layers[int(block[1])] += size
+        elif name.startswith(_INPUT_TENSORS):
+            self.input += size
+        else:
+            self.output += size
+        if name == _TOKEN_EMBEDDINGS:
+            self.embeddings, self.vocabulary = size, shape[1] if len(shape) > 1 else 0
 
 
-def _read_tensors(file: _Reader, count: int, alignment: int) -> _Tensors:
+def _read_tensors(file: GgufBytes, count: int, alignment: int) -> _Tensors:
     names: set[str] = set()
-    end = parameters = 0
+    sums, end = _Tensors(), 0
     for _ in range(count):
         file.step()
         name = file.name()
@@ -295,23 +346,26 @@ def _read_tensors(file: _Reader, count: int, alignment: int) -> _Tensors:
         dimensions = file.number("<I")
         if dimensions > 4:
             raise BadGguf(f"it has a tensor of {dimensions} dimensions")
-        elements = math.prod(file.number("<Q") for _ in range(dimensions))
+        shape = [file.number("<Q") for _ in range(dimensions)]
         kind, offset = file.number("<I"), file.number("<Q")
         block, size = TENSOR_TYPES.get(kind, (1, 0))
-        if max(elements, offset) >= 2**62:
+        elements = math.prod(shape)
+        if max(elements, offset) >= _MAX_COUNT:
             raise BadGguf(f"its tensor {printable(name, 80)} is larger than any file")
-        end = max(end, offset + elements // block * size)
-        parameters += elements
+        bytes_ = elements // block * size
+        end = max(end, offset + bytes_)
+        sums.add(name, shape, bytes_)
+    sums.has_output = _OUTPUT in names
     begin = -(-file.at // alignment) * alignment
-    has_encoder = any(name.startswith(_ENCODER_TENSORS) for name in names)
-    return _Tensors(begin + end if count else file.at, min(parameters, 2**62), has_encoder)
+    sums.end = begin + end if count else file.at
+    return sums
 
 
 @dataclass(frozen=True)
 class _Values:
     """The metadata; what is not plausible raises BadGguf."""
 
-    metadata: dict[str, Scalar]
+    metadata: dict[str, Scalar | Numbers]
 
     def alignment(self) -> int:
         value = self._whole("general.alignment", 32, 1, 2**20)
@@ -320,30 +374,37 @@ class _Values:
         return value
 
     def header(self, tensors: int) -> Header:
+        for key, maximum in _SIZES.items():
+            self._of_architecture(key, 0, 0, maximum)
         parts = self._whole("split.count", 0, 0, 65_535)
         return Header(
             architecture=self._text("general.architecture"),
             kind=self._text("general.type") or "model",
             context_length=self._of_architecture("context_length", 2048, 1, _MAX_INT),
-            kv_bytes_per_token=self._kv_bytes(),
             tensors=tensors,
+            experts=self._of_architecture("expert_count", 0, 0, 65_536),
+            experts_used=self._of_architecture("expert_used_count", 0, 0, 65_536),
             part=self._whole("split.no", 0, 0, 65_535) + 1 if parts else 0,
             parts=parts,
             all_tensors=self._whole("split.tensors.count", 0, 0, _MAX_INT) if parts else 0,
+            adapter=self._text("adapter.type"),
+            projector=self._text("clip.projector_type") or self._text("clip.vision.projector_type"),
             quantisation=_QUANTISATIONS.get(self._file_type(), ""),
+            caches=layer_caches(self._text("general.architecture"), self.metadata),
+            embedding=self._of_architecture("embedding_length", 0, 0, 2**24),
+            feed_forward=self._of_architecture("feed_forward_length", 0, 0, 2**24),
+            has_windows=self._of_architecture("attention.sliding_window", 0, 0, _MAX_INT) > 0,
+            license=self._shown("general.license.name") or self._shown("general.license"),
         )
+
+    def _shown(self, key: str) -> str:
+        """A text that is for show: none is wrong."""
+        value = self.metadata.get(key, "")
+        return printable(value, 100).strip() if isinstance(value, str) else ""
 
     def _file_type(self) -> int:
         value = self.metadata.get("general.file_type", -1)
         return value if isinstance(value, int) else -1  # it is for show: none is wrong
-
-    def _kv_bytes(self) -> int:
-        heads = max(1, self._of_architecture("attention.head_count", 1, 0, 65_536))
-        kv_heads = self._of_architecture("attention.head_count_kv", heads, 0, 65_536)
-        per_head = self._of_architecture("embedding_length", 0, 0, 2**24) // heads
-        key = self._of_architecture("attention.key_length", per_head, 0, 2**24)
-        value = self._of_architecture("attention.value_length", per_head, 0, 2**24)
-        return self._of_architecture("block_count", 0, 0, 65_536) * kv_heads * (key + value) * 2
 
     def _of_architecture(self, key: str, default: int, minimum: int, maximum: int) -> int:
         """`context_length` of `llama.context_length`, say."""
@@ -351,6 +412,8 @@ class _Values:
 
     def _whole(self, key: str, default: int, minimum: int, maximum: int) -> int:
         value = self.metadata.get(key, default)
+        if isinstance(value, tuple):  # one for each layer
+            value = default
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             text = printable(repr(value), 40)
             bounds = f"a whole number from {minimum} to {maximum}"

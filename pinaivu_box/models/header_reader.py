@@ -11,7 +11,8 @@ import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import BoxError
-from pinaivu_box.models.gguf import BadGguf, Header, read_header
+from pinaivu_box.models.gguf import Header, read_header
+from pinaivu_box.models.gguf_bytes import BadGguf
 from pinaivu_box.models.regular_files import NotAFile
 from pinaivu_box.sandbox import Sandbox, SandboxLimit, SandboxLimits
 

@@ -61,6 +61,18 @@ KNOWN_MODELS = (
 )  # fmt: skip
 
 
+# What a first start offers, the best first.
+_FIRST = ("llama3.2:3b", "llama3.2:1b", "qwen3:0.6b")
+_FIRST_SHARE = 0.7  # of the memory that can be had, at most
+
+
+def first(available: int | None) -> KnownModel:
+    """Return the model for somebody who has none, with so many bytes of memory to be had."""
+    offered = [model for name in _FIRST if (model := known(name)) is not None]
+    fits = [m for m in offered if available is None or m.memory <= available * _FIRST_SHARE]
+    return (fits or offered[-1:])[0]
+
+
 def search(words: str) -> list[KnownModel]:
     """Return the models whose name, purpose or licence has each of the words, smallest first; all
     without words."""

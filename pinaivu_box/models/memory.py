@@ -1,4 +1,4 @@
-"""How much memory an engine will need, how much there is, and what a process has used."""
+"""The sizes of an engine's context, how much memory there is, and what a process has used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
 
-# The Python child with numpy and llama.cpp, and the compute buffers of a small model.
-ENGINE_OVERHEAD = 200 * 1024 * 1024
-EMBEDDING_CELLS = 2304  # tokens of the context for embeddings, while texts have 2,048 at most
+_IMAGE_BYTES = 256 * 1024 * 1024  # of the buffers of a projector of an ordinary size
 DEFAULT_CONTEXT = 8192
 DEFAULT_KV_TOKENS = 16384
 
@@ -17,9 +15,9 @@ DEFAULT_KV_TOKENS = 16384
 def context_of(model: Model, configured: int) -> int:
     """Most tokens of one sequence: configured for the model, for the box, or from the file."""
     if model.is_fake:
-        return model.context or configured or DEFAULT_CONTEXT
+        return model.settings.context or configured or DEFAULT_CONTEXT
     usual = model.parameters.num_ctx or DEFAULT_CONTEXT
-    return model.context or configured or min(model.header.context_length, usual)
+    return model.settings.context or configured or min(model.header.context_length, usual)
 
 
 def kv_tokens_of(context: int, configured: int) -> int:
@@ -27,11 +25,15 @@ def kv_tokens_of(context: int, configured: int) -> int:
     return max(context, configured or DEFAULT_KV_TOKENS)
 
 
-def estimate(model: Model, kv_tokens: int) -> int:
-    """Bytes that an engine for `model` will take, an upper bound for common architectures, unless
-    texts of over 2,048 tokens are embedded."""
-    cells = kv_tokens + EMBEDDING_CELLS
-    return model.size + model.header.kv_bytes_per_token * cells + ENGINE_OVERHEAD
+def projector_bytes(model: Model) -> int:
+    """Bytes that its projector takes, and one image while it is looked at; about."""
+    return 0 if model.projector is None else model.projector.size + _IMAGE_BYTES
+
+
+def adapters_bytes(model: Model) -> int:
+    """Bytes of its adapters and of its draft model's, which are loaded whole."""
+    drafting = adapters_bytes(model.draft) if model.draft is not None else 0
+    return sum(adapter.size for adapter in model.adapters) + drafting
 
 
 def available() -> int | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
+from pinaivu_box.models import projectors, splits
 from pinaivu_box.models import record as records
-from pinaivu_box.models import splits
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.record import ModelRecord
 from pinaivu_box.models.regular_files import open_regular
@@ -19,18 +22,25 @@ def copy_model(
     model: Model, folder: Path, name: str, record: ModelRecord | None = None
 ) -> list[Path]:
     """Create the model's files as those of `name` in that folder, all of them or none: hard links
-    where possible, else copies; and its `record`.  Returns them in their order.  Raises OSError,
-    such as FileExistsError."""
+    where possible, else copies; and its `record`.  Files of another program are linked by name.
+    Returns them in their order.  Raises OSError, such as FileExistsError."""
     if model.is_fake:
         raise OSError("it has no file")
     targets = [folder / each for each in splits.names(name, len(model.files))]
     targets[0].parent.mkdir(parents=True, exist_ok=True)
+    files = [*model.files]
+    if record is not None and model.projector is not None:
+        record = msgspec.structs.replace(record, projector=projectors.name_for(targets[0]))
+        path, size = model.projector
+        files.append(replace(model, path=path, size=size, offset=0, parts=()))
     if record is not None:
         records.write(targets[0], record)
     copies: list[Path] = []
     try:
-        for file, target in zip(model.files, targets, strict=True):
-            _copy_file(file, target)
+        if record is not None and record.projector:
+            targets = [*targets, targets[0].with_name(record.projector)]
+        for file, target in zip(files, targets, strict=True):
+            _copy_file(file, target) if not model.in_cache else target.symlink_to(file.path)
             copies.append(target)
     except BaseException:
         for target in copies:

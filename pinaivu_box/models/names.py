@@ -15,6 +15,12 @@ def is_model_id(text: str) -> bool:
     return len(text) <= MAX_NAME and WELL_FORMED.fullmatch(text) is not None
 
 
+def spellings(model_id: str) -> tuple[str, str, str]:
+    """The ids that a name may stand for, in the order in which they count: a name without a tag
+    means `:latest`."""
+    return model_id, f"{model_id}:latest", model_id.removesuffix(":latest")
+
+
 def printable(text: str, max_chars: int = 400) -> str:
     """The text in one line for a terminal, a log or JSON: what is not printable is escaped, as are
     the bytes of a file name that are not UTF-8, and what is longer than `max_chars` is cut."""

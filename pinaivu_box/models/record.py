@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.engine.messages import SamplingDefaults
-from pinaivu_box.models.gguf import BadGguf
+from pinaivu_box.models.gguf_bytes import BadGguf
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.models.regular_files import open_regular
 
@@ -31,7 +31,7 @@ class ModelParameters(SamplingDefaults, frozen=True, omit_defaults=True):
         newer registry, and is left out."""
         try:
             raw = msgspec.json.decode(text or "{}", type=dict[str, Any])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return cls()
         valid = {}
         for name in cls.__struct_fields__:
@@ -53,13 +53,15 @@ NO_PARAMETERS = ModelParameters()
 
 class ModelRecord(Struct, frozen=True, omit_defaults=True):
     """`id` is what the model is called, `source` where it came from, `license` the licence's name
-    or text, `system` the system prompt that its publisher recommends."""
+    or text, `system` the system prompt that its publisher recommends, `projector` the name of the
+    file beside it with which it sees images ("": it sees none)."""
 
     id: str
     source: str = ""
     license: str = ""
     system: str = ""
     parameters: ModelParameters = msgspec.field(default_factory=ModelParameters)
+    projector: str = ""
 
 
 def path_of(file: Path) -> Path:
@@ -80,6 +82,8 @@ def read(file: Path) -> ModelRecord | None:
         record = msgspec.json.decode(data, type=ModelRecord)
         if not is_model_id(record.id):
             raise ValueError("its id is no model id")
+        if record.projector != Path(record.projector).name:
+            raise ValueError("its projector is not the name of a file")
     except (ValueError, RecursionError) as error:
         raise BadGguf(f"its record {path.name} is damaged ({error}): pull it again") from error
     return record

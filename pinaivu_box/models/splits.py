@@ -9,10 +9,14 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pinaivu_box.models.gguf import BadGguf, Header
+from pinaivu_box.models.gguf import Header
+from pinaivu_box.models.gguf_bytes import BadGguf
+from pinaivu_box.models.names import printable
 
 MAX_PARTS = 1000
+RENAME_IT = ": rename it"  # the end of a reason
 _NAME = re.compile(
     r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)",
     re.DOTALL | re.IGNORECASE,
@@ -60,6 +64,27 @@ def stem_of(name: str) -> str:
     """The name of a model's file, or of any of its parts, without number and suffix."""
     match = _NAME.fullmatch(name)
     return match["stem"] if match else name[: -len(".gguf")]
+
+
+def grouped(
+    files: Sequence[Path], not_served: dict[Path, str]
+) -> list[tuple[int, dict[int, Path]]]:
+    """Of each model in these files, how many parts it has, and its files by the number of the part;
+    a file of its own is part 1 of 1.  Files that fit nowhere are noted."""
+    groups: dict[tuple[Path, int], dict[int, Path]] = {}
+    for path in files:
+        try:
+            part = parse(path.name)
+            if part is None:
+                groups[path, 1] = {1: path}
+                continue
+            group = groups.setdefault((path.with_name(part.stem), part.count), {})
+            if part.number in group:
+                raise BadGguf(f"{printable(group[part.number].name)} is the same part{RENAME_IT}")
+            group[part.number] = path
+        except BadGguf as error:
+            not_served[path] = str(error)
+    return [(count, group) for (_, count), group in groups.items()]
 
 
 def check_complete(count: int, present: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from pinaivu_box import __version__
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
-from pinaivu_box.gossip.adverts import Facts, Offer
+from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.gossip.channel import NOT_READING, GossipChannel
 from pinaivu_box.gossip.protocol import TICK_SECONDS, Gossip
 from pinaivu_box.identity import Identity
@@ -28,7 +28,7 @@ from pinaivu_box.membership.roster import Roster
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, Ticket
 from pinaivu_box.network import peer
-from pinaivu_box.network.peer import OwnModel, OwnView, Peer
+from pinaivu_box.network.peer import OwnView, Peer, own_model
 from pinaivu_box.store.audit import BOX, Actor, record
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
@@ -76,6 +76,9 @@ class Network:
         self.handlers: dict[str, StreamHandler] = {}
         # Called when `peers` may return something else: when a link is made, and with each tick.
         self.peers_changed: Callable[[], None] = lambda: None
+        # Called with a member's node id: its link was lost (not closed), or there is one again.
+        self.peer_lost: Callable[[str], None] = lambda _: None
+        self.peer_is_back: Callable[[str], None] = lambda _: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
         self._describe, self._random = describe, Random()  # noqa: S311, it only spreads load
@@ -252,7 +255,10 @@ class Network:
     def link_closed(self, link: Link, why: LinkLost) -> None:
         self._peers = None
         if self._channels.pop(link, None) and self.gossip:
-            self.gossip.link_down(link.peer, lost=why.code in _NOT_CLOSED)
+            lost = why.code in _NOT_CLOSED
+            self.gossip.link_down(link.peer, lost=lost)
+            if lost and not self._closing and self._membership.is_member(link.peer):
+                self.peer_lost(link.peer)
         self._saved_at = 0.0  # save where the peer was: its advert is forgotten soon
         if why.code == Code.REVOKED and self._membership.is_member(link.peer):
             self._rejected_by[link.peer] = why.reason
@@ -309,6 +315,7 @@ class Network:
         log.info("link to %s is up", wire.short(peer))
         self._saved_at = 0.0  # save the address with the next tick
         gossip.link_up(peer)
+        self.peer_is_back(peer)
         self._peers = None
         self.peers_changed()
 
@@ -380,7 +387,7 @@ class Network:
         names = {node_id: peer.name for node_id, peer in peers.items()}
         return peers[peer_names.find(text, names)]
 
-    def own_view(self, offers: Sequence[Offer], relay: str) -> OwnView:
+    def own_view(self, facts: Facts, relay: str) -> OwnView:
         """Return this box as its peers see it."""
         network_id, revoked = self.network_id, self.revoked
         return OwnView(
@@ -390,9 +397,11 @@ class Network:
             software=__version__,
             addresses=self.own_addresses(),
             relay=relay,
-            models=[OwnModel(offer.id, offer.digest.hex()) for offer in offers],
+            models=[own_model(offer) for offer in facts.models],
             state="revoked" if revoked else "member" if network_id else "alone",
             why=revoked,
+            currency=facts.currency,
+            draining=facts.draining,
         )
 
     async def renamed(self) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import asdict
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.gossip.adverts import Advert, Offer
@@ -108,8 +110,9 @@ def _state(
 
 
 class OfferView(Struct, frozen=True):
-    """A model that a peer offers, with its load as of its latest advert; `ttft_ms` and
-    `tokens_per_s` as the peer measured them.  `price` is for 1,000 tokens."""
+    """A model that a box offers, with its load as it reported it last: `sequences` are its places,
+    of which so many are free, and `queue` requests wait.  `ttft_ms` and `tokens_per_s` as that box
+    measured them.  `price` is for 1,000 tokens."""
 
     id: str
     digest: str
@@ -196,16 +199,14 @@ class PeerView(Struct, frozen=True):
     request_id: str | UnsetType = UNSET
 
 
-class OwnModel(Struct, frozen=True):
-    """A model that this box offers."""
-
-    id: str
-    digest: str
+class OwnModel(OfferView, frozen=True):
+    """A model that this box offers, as its own advert has it."""
 
 
 class OwnView(Struct, frozen=True):
-    """This box as its peers see it.  `state`: "alone" (in no network), "member" or "revoked", which
-    `why` explains."""
+    """This box as its peers see it, by its advert.  `state`: "alone" (in no network), "member" or
+    "revoked", which `why` explains.  What they think of it (its reputation with each) they keep to
+    themselves."""
 
     id: str
     name: str
@@ -216,6 +217,8 @@ class OwnView(Struct, frozen=True):
     models: list[OwnModel]
     state: Literal["alone", "member", "revoked"] = "member"
     why: str = ""
+    currency: str = ""
+    draining: bool = False
 
 
 def peer_view(
@@ -238,7 +241,7 @@ def peer_view(
         software=peer.software,
         clock_ahead=peer.clock_ahead,
         addresses=list(peer.addresses),
-        models=[] if advert is None else [_offer_view(offer) for offer in advert.models],
+        models=[] if advert is None else [offer_view(each, peer.loads) for each in advert.models],
         currency="" if advert is None else advert.currency,
         draining=advert is not None and advert.draining,
         gone=peer.gone,
@@ -254,6 +257,14 @@ def peer_view(
     )
 
 
-def _offer_view(offer: Offer) -> OfferView:
+def own_model(offer: Offer) -> OwnModel:
+    """Return an offer of this box as it is shown."""
+    return OwnModel(**asdict(offer_view(offer)))
+
+
+def offer_view(offer: Offer, loads: Mapping[str, ReportedLoad] = MappingProxyType({})) -> OfferView:
+    """Return an offer as it is shown, with the newer of its loads."""
     fields = {name: getattr(offer, name) for name in OfferView.__struct_fields__}
+    if (reported := loads.get(offer.id)) is not None:
+        fields |= asdict(reported.load)
     return OfferView(**{**fields, "digest": offer.digest.hex()})

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from pinaivu_box.engine.messages import TopK, TopP
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.openai import parameters
+from pinaivu_box.openai.images import Part, content_of, data_url, image_part, parts_of
 from pinaivu_box.openai.tools import function_call
 from pinaivu_box.openai.types import (
     MAX_STOP_STRINGS,
@@ -52,6 +53,19 @@ class SearchResultBlock(Struct, frozen=True, tag="search_result", tag_field="typ
     content: list[TextBlock]
 
 
+class Base64Source(Struct, frozen=True, tag="base64", tag_field="type"):
+    data: str
+    media_type: str = ""
+
+
+class UrlSource(Struct, frozen=True, tag="url", tag_field="type"):
+    url: str
+
+
+class ImageBlock(Struct, frozen=True, tag="image", tag_field="type"):
+    source: Base64Source | UrlSource
+
+
 class ThinkingBlock(Struct, frozen=True, tag="thinking", tag_field="type"):
     thinking: str
     signature: str | None = None
@@ -67,16 +81,17 @@ class ToolUseBlock(Struct, frozen=True, tag="tool_use", tag_field="type"):
 
 class ToolResultBlock(Struct, frozen=True, tag="tool_result", tag_field="type"):
     tool_use_id: str
-    content: str | list[TextBlock | DocumentBlock | SearchResultBlock] | None = None
+    content: str | list[TextBlock | DocumentBlock | SearchResultBlock | ImageBlock] | None = None
     is_error: bool | None = None
 
 
 Readable = TextBlock | DocumentBlock | SearchResultBlock
-Block = Readable | ThinkingBlock | ToolUseBlock | ToolResultBlock
+Visible = Readable | ImageBlock
+Block = Visible | ThinkingBlock | ToolUseBlock | ToolResultBlock
 # Which of them a message may contain, by its role.
 _BLOCKS = {
     "assistant": Readable | ThinkingBlock | ToolUseBlock,
-    "user": Readable | ToolResultBlock,
+    "user": Visible | ToolResultBlock,
     "system": Readable,
 }
 
@@ -183,14 +198,21 @@ def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
             answered = True
             messages.append({"role": "assistant", "content": text, **_answer(blocks)})
         elif message.role == "user":
-            results = [_result(block) for block in blocks if isinstance(block, ToolResultBlock)]
+            at = ("messages", number, "content")
+            results = [
+                _result(block, *at, place)
+                for place, block in enumerate(blocks)
+                if isinstance(block, ToolResultBlock)
+            ]
             messages += results
-            if text or not results:
-                messages.append({"role": "user", "content": text})
+            content = _seen(blocks, *at)
+            if content or not results:
+                messages.append({"role": "user", "content": content})
         elif answered:
             text = f"<system>\n{text}\n</system>"
             if messages[-1]["role"] == "user":
-                messages[-1]["content"] += f"\n\n{text}"
+                before = parts_of(messages[-1]["content"])
+                messages[-1]["content"] = content_of([*before, f"\n\n{text}"])
             else:
                 messages.append({"role": "user", "content": text})
         else:
@@ -237,11 +259,30 @@ def _answer(blocks: list[Block]) -> dict[str, Any]:
     }
 
 
-def _result(block: ToolResultBlock) -> dict[str, Any]:
-    text = _text(block.content or "")
+def _result(block: ToolResultBlock, *at: str | int) -> dict[str, Any]:
+    blocks = block.content or ""
+    content = blocks if isinstance(blocks, str) else _seen(blocks, *at, "content")
     if block.is_error:  # templates have no field for it
-        text = f"Error: {text}" if text else "Error"
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+        content = content_of(["Error: ", *parts_of(content)]) if content else "Error"
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+
+
+def _seen(blocks: Sequence[Block], *at: str | int) -> str | list[dict[str, Any]]:
+    """The content of a message from its texts and images."""
+    parts = [
+        _image(block, *at, place) if isinstance(block, ImageBlock) else _readable(block)
+        for place, block in enumerate(blocks)
+        if isinstance(block, Visible)
+    ]
+    return content_of(parts)
+
+
+def _image(block: ImageBlock, *at: str | int) -> Part:
+    match block.source:
+        case Base64Source(data):
+            return image_part(data_url(data), *at, "source", "data")
+        case UrlSource(url):
+            return image_part(url, *at, "source", "url")
 
 
 def _text(content: str | Sequence[Readable]) -> str:

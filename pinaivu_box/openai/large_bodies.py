@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from pinaivu_box.openai import chat_markdown
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.conversations import AnswerRequest, Portable
 from pinaivu_box.openai.decoding import check_number_of_values, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
 from pinaivu_box.openai.responses import ResponseRequest
@@ -24,17 +26,19 @@ ENTRY = "pinaivu_box.openai.large_bodies:make"
 _KINDS: dict[str, type[Struct]] = {
     kind.__name__: kind
     for kind in (
+        AnswerRequest,
         ChatRequest,
         CompletionRequest,
         CountTokensRequest,
         DetokenizeRequest,
         EmbeddingRequest,
         MessagesRequest,
+        Portable,
         ResponseRequest,
         TokenizeRequest,
     )
 }
-_HISTORY = "history"
+_HISTORY, _MARKDOWN = "history", "markdown"
 Body = TypeVar("Body", bound=Struct)
 
 
@@ -65,6 +69,11 @@ def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
     return msgspec.msgpack.encode((_HISTORY, False, rows))
 
 
+def markdown_job(data: bytes) -> bytes:
+    """The job of reading a chat in Markdown; its answer is a Portable as msgpack."""
+    return msgspec.msgpack.encode((_MARKDOWN, False, data))
+
+
 def make(_setup: bytes) -> Callable[[bytes], bytes]:
     """Runs in the child.  A job raises what `decode` does."""
 
@@ -72,6 +81,8 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
         kind, strict, content = msgspec.msgpack.decode(payload)
         if kind == _HISTORY:
             return msgspec.msgpack.encode(history(content))
+        if kind == _MARKDOWN:
+            return msgspec.msgpack.encode(chat_markdown.read(content))
         decoded: tuple[Any, list[str]] = decode(content, _KINDS[kind], strict=strict)
         return msgspec.msgpack.encode(decoded)
 

@@ -23,13 +23,16 @@ from pinaivu_box.engine.messages import (
 )
 from pinaivu_box.errors import InvalidBody, UnsupportedParameter
 from pinaivu_box.openai.fields import IgnoredFields
+from pinaivu_box.openai.images import data_url
 from pinaivu_box.openai.types import (
     MAX_TOOLS,
     AssistantMessage,
     CalledFunction,
     ChatRequest,
+    ContentWithImages,
     CustomTool,
     Effort,
+    ImagePart,
     JsonFormat,
     KeepAlive,
     Message,
@@ -39,6 +42,7 @@ from pinaivu_box.openai.types import (
     StopStrings,
     Strict,
     SystemMessage,
+    TextPart,
     Tool,
     ToolCall,
     ToolMessage,
@@ -162,7 +166,7 @@ class OllamaChatRequest(_OllamaRequest, frozen=True, kw_only=True):
 
 class GenerateRequest(_OllamaRequest, frozen=True, kw_only=True):
     """Body of `POST /api/generate`.  With `raw`, or a `suffix`, the prompt is read as it is; else
-    it is the message of a user."""
+    it is the message of a user.  `images` are base64."""
 
     prompt: str = ""
     suffix: str = ""
@@ -172,9 +176,14 @@ class GenerateRequest(_OllamaRequest, frozen=True, kw_only=True):
 
     def as_chat(self) -> ChatRequest:
         """Raises UnsupportedParameter."""
-        _refuse_images(self.images, "images")
+        if self.images and (self.raw or self.suffix):
+            raise UnsupportedParameter(
+                "images belong to a chat: leave out raw and suffix",
+                loc=("body", "images"),
+                kind="value_error.unsupported",
+            )
         system: list[Message] = [SystemMessage(content=self.system)] if self.system else []
-        return self.chat([*system, UserMessage(content=self.prompt)])
+        return self.chat([*system, UserMessage(content=_content(self.prompt, self.images))])
 
 
 class EmbedRequest(ModelRequest, frozen=True, kw_only=True):
@@ -204,11 +213,16 @@ class ShowRequest(Struct, frozen=True, kw_only=True):
 
 def _message(number: int, message: OllamaMessage, names: dict[str, str]) -> Message:
     """Raises InvalidBody, UnsupportedParameter."""
-    _refuse_images(message.images, "messages", number, "images")
-    content = message.content
+    content = _content(message.content, message.images)
     match message.role:
+        case "system" | "assistant" if message.images:
+            raise UnsupportedParameter(
+                f"images may not be in a message of the {message.role}",
+                loc=("body", "messages", number, "images"),
+                kind="value_error.unsupported",
+            )
         case "system":
-            return SystemMessage(content=content)
+            return SystemMessage(content=message.content)
         case "user":
             return UserMessage(content=content)
         case "tool":
@@ -226,7 +240,7 @@ def _message(number: int, message: OllamaMessage, names: dict[str, str]) -> Mess
     ]
     names.update({call.function.name: call.id for call in calls})
     return AssistantMessage(
-        content=content, tool_calls=[*calls] or None, reasoning_content=message.thinking
+        content=message.content, tool_calls=[*calls] or None, reasoning_content=message.thinking
     )
 
 
@@ -235,12 +249,11 @@ def _call(call: OllamaCall, call_id: str) -> ToolCall:
     return ToolCall(call.id or call_id, CalledFunction(call.function.name, arguments))
 
 
-def _refuse_images(images: list[str] | None, *path: str | int) -> None:
-    """Raises UnsupportedParameter."""
-    if images:
-        raise UnsupportedParameter(
-            "this box does not read images", loc=("body", *path), kind="value_error.unsupported"
-        )
+def _content(text: str, images: list[str] | None) -> ContentWithImages:
+    """With the images before the text, as Ollama has them."""
+    if not images:
+        return text
+    return [*(ImagePart(data_url(image)) for image in images), TextPart(text)]
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -344,10 +357,15 @@ class LoadedModels(Struct, frozen=True):
 
 
 class ShownModel(Struct, frozen=True):
+    """`parameters` has a line for each, `license` and `system` are what the publisher says."""
+
     details: ModelDetails
     model_info: dict[str, Any]
     capabilities: list[str]
     modified_at: str
+    license: str | UnsetType = UNSET
+    system: str | UnsetType = UNSET
+    parameters: str | UnsetType = UNSET
     request_id: str = ""
 
 

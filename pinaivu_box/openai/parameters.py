@@ -433,6 +433,7 @@ def _history(messages: list[Any], ignored: IgnoredFields) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             continue
+        _images(message.get("content"), ("messages", index, "content"), ignored)
         if message.get("role") == "system" and index == 0:
             _without_billing(message, "content", ignored, "messages", index)
         elif message.get("role") == "assistant":
@@ -452,6 +453,18 @@ def _history(messages: list[Any], ignored: IgnoredFields) -> None:
             elif isinstance(message["tool_call_id"], str):
                 answered.add(message["tool_call_id"])
             message["content"] = text_of_result(message.get("content"))
+
+
+def _images(content: Any, path: tuple[str | int, ...], ignored: IgnoredFields) -> None:
+    for place, part in enumerate(content if isinstance(content, list) else ()):
+        image = part.get("image_url") if isinstance(part, dict) else None
+        if isinstance(image, dict):
+            without_detail(image, ignored, *path, place, "image_url")
+
+
+def without_detail(image: Raw, ignored: IgnoredFields, *path: str | int) -> None:
+    """An image is read in the one way that the model's projector knows."""
+    _drop(image, "detail", ("auto",), ignored, *path)
 
 
 def _call(call: Raw, call_id: str) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.openai.tools import custom_input
 from pinaivu_box.text import encodable
 
@@ -47,6 +48,18 @@ class Arguments:
 
 
 Piece = Text | Reasoning | ParsedCall | Arguments
+
+
+class _Parsed:
+    """What no frame holds; see ParsedOutput."""
+
+    pieces: Sequence[Piece] = ()
+
+
+class ParsedOutput(_Parsed, Output):
+    """Output of a server that tells text, thoughts and calls apart itself: these are its `pieces`,
+    and `text` writes them as a model would.  A call's ids and number count for nothing here."""
+
 
 _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
@@ -84,10 +97,33 @@ class Reader:
         self._depth, self._in_string, self._escaped = 0, False, False
         self._looked_at, self._ended = 0, False
         self._state: Callable[[bool], list[Piece]] = self._text
+        # Whether all text is an answer's: there is nothing to look for.
+        self.passes = style is None and not (thinks or thinking)
         if thinking:
             self._state = self._reasoning
         elif thinks:
             self._state = self._before_reasoning
+
+    def read(self, output: Output) -> list[Piece]:
+        """The next output of the answer; returns what is new."""
+        if not isinstance(output, ParsedOutput):
+            return self.take(output.text, output.finish_reason)
+        pieces = [new for piece in output.pieces for new in self._parsed(piece)]
+        if output.finish_reason is not None:
+            pieces += self._arguments_of_call("", end=True)
+            self._finish(output.finish_reason)
+        return pieces
+
+    def _parsed(self, piece: Piece) -> list[Piece]:
+        """A piece that needs no reading, with what it ends."""
+        if isinstance(piece, Arguments):
+            return self._arguments_of_call(piece.text, end=False)
+        before = self._arguments_of_call("", end=True)
+        return [*before, self._call(piece.name) if isinstance(piece, ParsedCall) else piece]
+
+    def _finish(self, reason: str) -> None:
+        called = self._calls > 0 and reason == "stop"
+        self.finish_reason = "tool_calls" if called else reason
 
     def take(self, text: str, finish_reason: str | None = None) -> list[Piece]:
         """More of the answer, the last of it if there is a finish reason; returns what is new."""
@@ -97,8 +133,7 @@ class Reader:
             self._buffer += text
             pieces = self._read(end=finish_reason is not None)
         if finish_reason is not None:
-            called = self._calls > 0 and finish_reason == "stop"
-            self.finish_reason = "tool_calls" if called else finish_reason
+            self._finish(finish_reason)
         return pieces
 
     def _read(self, *, end: bool) -> list[Piece]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pinaivu_box.errors import InvalidBody, quoted
+from pinaivu_box.openai.images import Part, content_of, image_part
 from pinaivu_box.openai.tools import chosen_tools, custom_arguments, function_call, functions
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatRequest,
     Content,
     CustomToolCall,
+    ImagePart,
     JsonFormat,
     Message,
     RefusalPart,
@@ -21,6 +23,7 @@ from pinaivu_box.openai.types import (
     TextPart,
     ToolCall,
     ToolMessage,
+    UserMessage,
 )
 
 
@@ -50,14 +53,15 @@ def stop_strings(stop: StopStrings | None) -> list[str]:
 
 
 def normalise(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages in the form that the engine reads and the receipt covers."""
-    return [_message(message) for message in messages]
+    """Messages in the form that the engine reads and the receipt covers, once the files of their
+    images are here (see `images`)."""
+    return [_message(message, number) for number, message in enumerate(messages)]
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Message, number: int) -> dict[str, Any]:
     normal: dict[str, Any] = {
         "role": message.__struct_config__.tag,
-        "content": text_of(message.content),
+        "content": _content(message, number),
     }
     if message.name is not None:
         normal["name"] = message.name
@@ -71,6 +75,20 @@ def _message(message: Message) -> dict[str, Any]:
         if message.reasoning_content is not None:
             normal["reasoning_content"] = message.reasoning_content
     return normal
+
+
+def _content(message: Message, number: int) -> str | list[dict[str, Any]]:
+    if not isinstance(message, UserMessage | ToolMessage) or isinstance(message.content, str):
+        return text_of(cast("Content", message.content))
+    at = ("messages", number, "content")
+    return content_of([_part(part, *at, place) for place, part in enumerate(message.content)])
+
+
+def _part(part: TextPart | ImagePart, *at: str | int) -> Part:
+    if isinstance(part, TextPart):
+        return part.text
+    url = part.image_url
+    return image_part(url if isinstance(url, str) else url.url, *at, "image_url")
 
 
 def _call(call: ToolCall | CustomToolCall) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Wire types of `/v1/responses`, and its items as messages of a chat."""
+"""Wire types of `/v1/responses`; `response_input` has those of the items of its input."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.engine.messages import Temperature, TopP
-from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.decoding import from_validation
-from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
+from pinaivu_box.openai.fields import IgnoredFields
+from pinaivu_box.openai.response_input import known_items, take_tools
 from pinaivu_box.openai.tools import (
     ClientTool,
     ResponseCustom,
     ResponseFunction,
     ResponseTool,
-    custom_arguments,
-    function_call,
-    model_name,
     model_names,
 )
 from pinaivu_box.openai.types import (
@@ -38,7 +34,6 @@ from pinaivu_box.openai.types import (
     NamedSchema,
     NamedTool,
     Strict,
-    Text,
     TextFormat,
     Tier,
     TokenCount,
@@ -48,8 +43,8 @@ from pinaivu_box.openai.types import (
     Typed,
 )
 
-_Id = Annotated[str, Meta(min_length=1, max_length=256)]
 _MAX_ITEMS = 16384  # of one request: as many as the messages that a peer accepts
+_MAX_ECHO_BYTES = 65536  # of tools, or of the text format, in a stored response
 
 
 class ChosenFunction(Typed, frozen=True, tag="function"):
@@ -122,10 +117,10 @@ class ResponseRequest(ModelRequest, frozen=True, kw_only=True):
 
     @staticmethod
     def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        _take_tools(raw)
+        take_tools(raw)
         parameters.response(raw, ignored)
         if isinstance(raw.get("input"), list):
-            raw["input"] = _known_items(raw["input"], ignored)
+            raw["input"] = known_items(raw["input"], ignored)
 
 
 class InputDetails(Struct, frozen=True):
@@ -201,164 +196,6 @@ class ItemList(Struct, frozen=True):
     object: str = "list"
 
 
-# -- items -----------------------------------------------------------------------------------------
-
-
-class _ContentPart(Struct, frozen=True):
-    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
-    text: str = ""
-    refusal: str = ""
-    annotations: Any = None  # present in answers that are sent back
-    logprobs: Any = None
-
-
-_Content = str | list[_ContentPart]
-
-
-class _Item(Struct, frozen=True, kw_only=True):
-    type: Any = None
-    id: Any = None
-    status: Any = None
-
-
-class _MessageItem(_Item, frozen=True):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: _Content
-
-
-class _CallItem(_Item, frozen=True):
-    call_id: _Id
-    name: Text
-    arguments: str
-    namespace: str | None = None
-
-
-class _CustomCallItem(_Item, frozen=True):
-    call_id: _Id
-    name: Text
-    input: str
-    namespace: str | None = None
-
-
-class _OutputItem(_Item, frozen=True):
-    call_id: _Id
-    output: _Content
-
-
-class _ReasoningItem(_Item, frozen=True):
-    content: list[_ContentPart] | None = None
-    summary: Any = None
-
-
-_MAX_ID_CHARACTERS = 64  # of an id that a client has chosen
-_MAX_ECHO_BYTES = 65536  # of tools, or of the text format, in a stored response
-_MAX_REASONING_ITEMS = 1000  # stored with one response: they are only listed
-_STATUSES = ("in_progress", "completed", "incomplete")
-_ITEMS: dict[str, type[Struct]] = {
-    "message": _MessageItem,
-    "function_call": _CallItem,
-    "function_call_output": _OutputItem,
-    "custom_tool_call": _CustomCallItem,
-    "custom_tool_call_output": _OutputItem,
-    "reasoning": _ReasoningItem,
-}
-
-
-# Items about tools that other servers run themselves.
-_SERVER_ITEMS = (
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output",
-    "code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call",
-    "mcp_approval_request", "mcp_approval_response", "compaction", "compaction_trigger",
-    "compaction_summary", "tool_search_call", "tool_search_output", "ghost_snapshot",
-)  # fmt: skip
-
-
-def _take_tools(raw: dict[str, Any]) -> None:
-    """Move tools in items of the input, where Codex sends them for some models, to the request's.
-
-    A later one replaces an earlier one with the same name.
-    """
-    items, tools = raw.get("input"), raw.get("tools")
-    if not isinstance(items, list) or not isinstance(tools, list | None):
-        return
-    other_items: list[Any] = []
-    additional: list[Any] = []
-    for item in items:
-        if not isinstance(item, dict) or item.get("type") != "additional_tools":
-            other_items.append(item)
-            continue
-        more = item.get("tools")
-        additional += more if isinstance(more, list) else [more]
-    if len(other_items) < len(items):
-        replacing = {_identity(tool): tool for tool in additional}
-        before = [tool for tool in tools or () if _identity(tool) not in replacing]
-        raw["input"], raw["tools"] = other_items, [*before, *replacing.values()]
-
-
-def _identity(tool: Any) -> tuple[Any, ...]:
-    """Equal for tools that replace each other; a namespace may have the name of a function."""
-    name = tool.get("name") if isinstance(tool, dict) else None
-    return (tool.get("type") == "namespace", name) if isinstance(name, str) else (id(tool),)
-
-
-def _known_items(items: list[Any], ignored: IgnoredFields) -> list[Any]:
-    """Without items and fields that have no meaning here; `_typed` checks the rest."""
-    known = []
-    for number, item in enumerate(items):
-        if not isinstance(item, dict):
-            known.append(item)
-            continue
-        if "role" in item and not item.get("type"):
-            item["type"] = "message"
-        kind = item.get("type")
-        if kind in _SERVER_ITEMS:
-            ignored.add("input", number, str(kind))
-            continue
-        if kind == "function_call":
-            item["arguments"] = parameters.text_of_arguments(item.get("arguments"))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
-            item["output"] = parameters.text_of_result(item.get("output"))
-        if isinstance(kind, str) and kind in _ITEMS:
-            drop_unknown(item, _ITEMS[kind], ignored, ("input", number))
-        known.append(item)
-    return known
-
-
-def referenced_id(item: dict[str, Any]) -> str | None:
-    """The id of the item that this one refers to; None if it is no reference."""
-    untyped = item.get("type") is None and set(item) <= {"id", "type"}
-    item_id = item.get("id") if untyped or item.get("type") == "item_reference" else None
-    return item_id if isinstance(item_id, str) else None
-
-
-def as_items(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`input` as a list of items."""
-    if isinstance(items, str):
-        part = {"type": "input_text", "text": items}
-        return [{"type": "message", "role": "user", "content": [part]}]
-    return items
-
-
-def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items as the messages of a chat.  Raises InvalidBody."""
-    messages: list[dict[str, Any]] = []
-    for number, item in enumerate(items):
-        _append(messages, _typed(item, number))
-    return messages
-
-
-def as_stored(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items with their names and what a later request needs of them; other fields had no effect and
-    are not stored.  Raises InvalidBody."""
-    stored, reasoning_items = [], 0
-    for number, item in enumerate(items):
-        typed = _typed(item, number)
-        reasoning_items += isinstance(typed, _ReasoningItem)
-        if reasoning_items <= _MAX_REASONING_ITEMS or not isinstance(typed, _ReasoningItem):
-            stored.append({**_head(item), **_content(typed)})
-    return stored
-
-
 def stored_form(response: ResponseObject) -> ResponseObject:
     """As it is stored: without long tools and schemas, which no later request needs."""
     text = response.text
@@ -366,89 +203,6 @@ def stored_form(response: ResponseObject) -> ResponseObject:
         text = {**text, "format": {**text["format"], "schema": {}, "description": None}}
     tools = response.tools if len(msgspec.json.encode(response.tools)) <= _MAX_ECHO_BYTES else []
     return msgspec.structs.replace(response, text=text, tools=tools)
-
-
-def _typed(item: dict[str, Any], number: int) -> Struct:
-    """Raises InvalidBody."""
-    item_type = item.get("type")
-    kind = _ITEMS.get(item_type) if isinstance(item_type, str) else None
-    if kind is None:
-        name = quoted(item_type) if isinstance(item_type, str) else None
-        raise InvalidBody(
-            f"items of type '{name}' are not supported; use {', '.join(_ITEMS)}",
-            loc=("body", "input", number, "type"),
-        )
-    try:
-        return msgspec.convert(item, kind)
-    except msgspec.ValidationError as error:
-        raise from_validation(error) from error
-
-
-def _head(item: dict[str, Any]) -> dict[str, Any]:
-    """Its type, and its id and status if they are valid."""
-    head = {"type": item["type"]}
-    if isinstance(item.get("id"), str) and len(item["id"]) <= _MAX_ID_CHARACTERS:
-        head["id"] = item["id"]
-    if item.get("status") in _STATUSES:
-        head["status"] = item["status"]
-    return head
-
-
-def _content(item: Struct) -> dict[str, Any]:
-    match item:
-        case _MessageItem(role, content):
-            if isinstance(content, str):
-                content = [
-                    _ContentPart("output_text" if role == "assistant" else "input_text", content)
-                ]
-            return {"role": role, "content": _stored_parts(content)}
-        case _OutputItem(call_id, output):
-            return {"call_id": call_id, "output": _stored_parts(output)}
-        case _CallItem(call_id, name, arguments, namespace):
-            more = {"namespace": namespace} if namespace else {}
-            return {"call_id": call_id, "name": name, "arguments": arguments, **more}
-        case _CustomCallItem(call_id, name, text, namespace):
-            more = {"namespace": namespace} if namespace else {}
-            return {"call_id": call_id, "name": name, "input": text, **more}
-    return {"summary": []}  # reasoning is never read again
-
-
-def _stored_parts(content: _Content) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return content
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if not (part.text or part.refusal):
-            continue
-        name = "refusal" if part.type == "refusal" else "text"
-        more: dict[str, Any] = {"annotations": []} if part.type == "output_text" else {}
-        parts.append({"type": part.type, name: part.text or part.refusal, **more})
-    return parts
-
-
-def _append(messages: list[dict[str, Any]], item: Struct) -> None:
-    match item:
-        case _MessageItem(role, content):
-            messages.append({"role": role, "content": _text(content)})
-        case _OutputItem(call_id, output):
-            messages.append({"role": "tool", "tool_call_id": call_id, "content": _text(output)})
-        case _CallItem(call_id, name, arguments, namespace):
-            _append_call(messages, call_id, model_name(name, namespace), arguments)
-        case _CustomCallItem(call_id, name, text, namespace):
-            _append_call(messages, call_id, model_name(name, namespace), custom_arguments(text))
-
-
-def _append_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
-    """Calls of one turn join one message, also with the text before them."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    messages[-1].setdefault("tool_calls", []).append(function_call(call_id, name, arguments))
-
-
-def _text(content: _Content) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.text or part.refusal for part in content)
 
 
 def chat_choice(choice: ResponseChoice, tools: Mapping[str, ClientTool]) -> ToolChoice | None:

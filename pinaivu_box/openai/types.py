@@ -50,8 +50,23 @@ class RefusalPart(Struct, frozen=True, tag="refusal", tag_field="type"):
     refusal: str
 
 
-# A plain union, so that msgspec's errors carry the path to what is invalid in it.
+class ImageUrl(Strict, frozen=True):
+    """`url` is a `data:` URL, or that of a server from which the operator lets images be had;
+    `detail` has no effect."""
+
+    url: Text
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class ImagePart(Struct, frozen=True, tag="image_url", tag_field="type"):
+    """Some clients send the URL alone."""
+
+    image_url: ImageUrl | Text
+
+
+# Plain unions, so that msgspec's errors carry the path to what is invalid in them.
 Content = str | list[TextPart]
+ContentWithImages = str | list[TextPart | ImagePart]
 
 
 class _Message(Strict, frozen=True, tag_field="role", kw_only=True):
@@ -67,7 +82,7 @@ class DeveloperMessage(_Message, frozen=True, tag="developer"):
 
 
 class UserMessage(_Message, frozen=True, tag="user"):
-    content: Content
+    content: ContentWithImages
 
 
 class CalledFunction(Strict, frozen=True):
@@ -107,7 +122,7 @@ class AssistantMessage(_Message, frozen=True, tag="assistant", kw_only=True):
 
 
 class ToolMessage(_Message, frozen=True, tag="tool", kw_only=True):
-    content: Content
+    content: ContentWithImages
     tool_call_id: str
 
 
@@ -377,11 +392,24 @@ class ChatCompletion(Struct, frozen=True):
     ignored_parameters: list[str] | UnsetType = UNSET
 
 
+class Modalities(Struct, frozen=True):
+    """What a model reads and writes, under OpenRouter's names: "text", "image"."""
+
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
 class ModelInfo(Struct, frozen=True):
+    """`alias_of` is the id of the model that an alias leads to.  `exactness` is that of the engines
+    that it has now, if the same request gives the same bits there whatever else they compute."""
+
     id: str
     created: int
     owned_by: str
+    architecture: Modalities
     object: str = "model"
+    alias_of: str | UnsetType = UNSET
+    exactness: str | UnsetType = UNSET
 
 
 class ModelList(Struct, frozen=True):

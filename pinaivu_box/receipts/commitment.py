@@ -9,6 +9,12 @@ and of an output in version 2:
     SHA-256("pinaivu/commitment/v2\\n" + nonce + SHA-256(text) + SHA-256(token ids)
             + digest of the log-probabilities + digest of the vectors)
 
+and in version 3, which is for legs at upstreams, whose token ids are not known here:
+
+    SHA-256("pinaivu/commitment/v3\\n" + nonce + SHA-256(text))  of a prompt
+    SHA-256("pinaivu/commitment/v3\\n" + nonce + SHA-256(text)
+            + digest of the log-probabilities + digest of the vectors)  of an output
+
 The nonce is 32 random bytes, the text is UTF-8 and the token ids are little-endian u32; the
 canonical bytes of the rest are in `docs/receipts.md`.  A receipt may be public: without the nonce
 even a short prompt cannot be guessed from it.  With the opening, the owner proves each part that it
@@ -31,8 +37,10 @@ import msgspec
 from msgspec import Struct
 
 OUTPUT_VERSION = 2
+TEXT_VERSION = 3  # tokens are not known
 _DOMAIN = b"pinaivu/commitment/v1\n"
 _OUTPUT_DOMAIN = b"pinaivu/commitment/v2\n"
+_TEXT_DOMAIN = b"pinaivu/commitment/v3\n"
 _LIST_DOMAIN = b"pinaivu/commitments/v1\n"
 _NONE = struct.Struct("<B")
 _NUMBER = struct.Struct("<Bd")
@@ -41,10 +49,10 @@ _LENGTH = struct.Struct("<I")
 
 class Opening(Struct, frozen=True, omit_defaults=True):
     """What the owner of the key gets to open a commitment; hex.  Those of an output in version 2
-    have all of it, so that each part can be proven alone."""
+    have all of it, so that each part can be proven alone; in version 3 there are no tokens."""
 
     nonce: str
-    tokens_sha256: str
+    tokens_sha256: str = ""
     text_sha256: str = ""
     logprobs_sha256: str = ""
     vectors_sha256: str = ""
@@ -55,12 +63,13 @@ def new_nonce() -> str:
 
 
 def commit(
-    text: str, tokens: Sequence[int], nonce: str, choices: Sequence[Extras] = ()
+    text: str, tokens: Sequence[int] | None, nonce: str, choices: Sequence[Extras] = ()
 ) -> tuple[str, Opening]:
     """The commitment in hex, and its opening.  That to an output in version 2 also covers the
-    extras of its `choices`."""
+    extras of its `choices`.  Where tokens are not known (None) it is of version 3."""
     digest = hashlib.sha256(text.encode()).digest()
-    opening = _opening(nonce, digest, tokens_sha256(tokens), choices)
+    tokens_digest = "" if tokens is None else tokens_sha256(tokens)
+    opening = _opening(nonce, digest, tokens_digest, choices)
     return _commitment(opening, digest), opening
 
 
@@ -124,7 +133,8 @@ class RunningCommitment:
     @property
     def opening(self) -> Opening:
         choices = [self._extras] if self.version > 1 else []
-        return _opening(self.nonce, self._text.digest(), self._tokens.hexdigest(), choices)
+        tokens = self._tokens.hexdigest() if self.version < TEXT_VERSION else ""
+        return _opening(self.nonce, self._text.digest(), tokens, choices)
 
     @property
     def commitment(self) -> str:
@@ -146,10 +156,13 @@ def _opening(nonce: str, text: bytes, tokens: str, choices: Sequence[Extras]) ->
 
 def _commitment(opening: Opening, text: bytes) -> str:
     message = bytes.fromhex(opening.nonce) + text + bytes.fromhex(opening.tokens_sha256)
-    if not opening.vectors_sha256:
-        return hashlib.sha256(_DOMAIN + message).hexdigest()
-    more = bytes.fromhex(opening.logprobs_sha256) + bytes.fromhex(opening.vectors_sha256)
-    return hashlib.sha256(_OUTPUT_DOMAIN + message + more).hexdigest()
+    domain = _DOMAIN
+    if opening.vectors_sha256:
+        message += bytes.fromhex(opening.logprobs_sha256) + bytes.fromhex(opening.vectors_sha256)
+        domain = _OUTPUT_DOMAIN
+    if not opening.tokens_sha256:
+        domain = _TEXT_DOMAIN
+    return hashlib.sha256(domain + message).hexdigest()
 
 
 def logprob_record(
@@ -189,7 +202,8 @@ def recompute(text: str, opening: Opening) -> str:
 
 
 def reopen(opening: Opening) -> str:
-    """The commitment that an opening of version 2 leads to by itself.  Raises ValueError."""
+    """The commitment that an opening of an output leads to by itself, since version 2.  Raises
+    ValueError."""
     return _commitment(opening, bytes.fromhex(opening.text_sha256))
 
 

@@ -8,16 +8,24 @@ also covers log-probabilities and vectors (`commitment`).  Boxes of either versi
 the box that asks names the highest version that it reads, and gets proofs of that or a lower one.
 To add a field, raise `VERSION`, keep the old one in `VERSIONS`, and leave the field out of what is
 signed in the versions before it, as `sampling_record` does with `min_tokens`.
+
+Version 3 is for receipts with a leg that an upstream has made: there is no proof of it, only the
+statement (`UpstreamLeg`) of the box that asked in the proof's place, and nothing commits to token
+ids.  Receipts without such a leg are of version 2, and proofs are never of version 3.
+
+A proof of version 4 is one of version 2 with `exactness`.  It is in receipts of version 2 or 3, and
+given to boxes only that read it; a leg of which nothing is promised has a proof of version 2.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import rfc8785
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.engine.messages import Sampling
@@ -28,8 +36,16 @@ PROOF_DOMAIN = "pinaivu/proof/v1"
 MARK_DOMAIN = "pinaivu/mark/v1"
 RECEIPT_DOMAIN = "pinaivu/receipt/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
+UPSTREAM_DOMAIN = "pinaivu/upstream/v1"  # over a statement about an upstream
 VERSION = 2
-VERSIONS = (1, VERSION)  # that are read
+EXACT_VERSION = 4  # of proofs with `exactness`
+VERSIONS = (1, VERSION, EXACT_VERSION)  # that are read, of proofs
+UPSTREAM_VERSION: Literal[3] = (
+    3  # of receipts with legs of upstreams, and of the statements about these
+)
+RECEIPT_VERSIONS = (1, VERSION, UPSTREAM_VERSION)  # that are read
+UpstreamKind = Literal["upstream, not executed by a box"]
+NOT_A_BOX: UpstreamKind = "upstream, not executed by a box"
 
 # Everything that is signed is read back by these: nothing is signed or stored that they refuse.
 RequestId = Annotated[str, Meta(pattern=whole("req_[0-9a-z_]{1,60}"))]
@@ -39,6 +55,8 @@ Name = Annotated[str, Meta(max_length=256, pattern=NAME)]
 Shown = Annotated[str, Meta(max_length=256, pattern=NO_CONTROLS)]
 Time = Annotated[str, Meta(pattern=TIME)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
+Tokens = Annotated[int, Meta(gt=-(2**53), lt=2**53)]  # none is negative, which `verify` says
+TokensFrom0 = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 class EngineBuild(Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +90,10 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     that decided the draws; its seed is text, because JSON numbers do not carry 64 bits.  `choice`
     says which of several answers it made, and `prompt` which of several prompts it answered.
 
+    With `exactness` ("bitwise:" and on what) the node says that its engine gives the same bits for
+    the same tokens whatever else it computes, as does any other engine of that exactness with the
+    same file; without it, an audit is statistical.
+
     A node that was lost in the middle signs no proof: `witness`, the coordinator, then signs what
     it has received, and `mark` is the node's own signature over that much of it (`mark_text`).
     """
@@ -85,9 +107,9 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     sampling: dict[str, Any]
     prompt_commitment: Digest
     output_commitment: Digest
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+    prompt_tokens: Tokens
+    completion_tokens: Tokens
+    cached_tokens: Tokens
     shifted_tokens: int
     finish_reason: Name
     started_at: Time
@@ -99,29 +121,82 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     witness: NodeId | None = None
     mark: Annotated[str, Meta(pattern=SIGNATURE)] | None = None
     v: int = VERSION
+    exactness: Name | UnsetType = UNSET
 
     @property
     def signer(self) -> str:
         return self.witness or self.node_id
 
+    @property
+    def is_known(self) -> bool:
+        """Whether its version is, and has its fields."""
+        return self.v in VERSIONS and (self.exactness is UNSET) == (self.v != EXACT_VERSION)
+
+    def fits(self, receipt_version: int) -> bool:
+        """Whether a receipt of that version may have it."""
+        return min(self.v, VERSION) <= receipt_version
+
+
+class UpstreamLeg(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the box `node_id` signs of one leg that another server than a box has made: the
+    `upstream` of that name in its configuration, which knows the model as `upstream_model`.
+
+    That box is the coordinator, or a peer that asked its own upstream; if that peer was lost in the
+    middle, the coordinator signs.  Nobody proves what ran there.  `tokens_counted_by` says whose
+    number of tokens is billed, the upstream's or a box's own estimate, and `sampling` holds the
+    parameters that were sent.  The other fields are as in `Proof`.
+    """
+
+    request_id: RequestId
+    leg: int
+    node_id: NodeId
+    model: Name
+    upstream: Name
+    upstream_model: Shown
+    sampling: dict[str, Any]
+    prompt_commitment: Digest
+    output_commitment: Digest
+    prompt_tokens: TokensFrom0
+    completion_tokens: TokensFrom0
+    cached_tokens: TokensFrom0
+    tokens_counted_by: Literal["upstream", "estimate"]
+    finish_reason: Name
+    started_at: Time
+    ttft_ms: Milliseconds | None
+    duration_ms: Milliseconds
+    price: Price
+    choice: int = 0
+    prompt: int = 0
+    kind: UpstreamKind = NOT_A_BOX
+    v: Literal[3] = UPSTREAM_VERSION
+
+    @property
+    def signer(self) -> str:
+        return self.node_id
+
+
+LegStatement = Proof | UpstreamLeg
+
 
 class SignedProof(Struct, frozen=True, forbid_unknown_fields=True):
-    """`signed` is the text that the signature (hex) covers."""
+    """`signed` is the text that the signature (hex) covers: of a Proof, or of an UpstreamLeg."""
 
     signed: str
     signature: str
 
 
 class TokenUsage(Struct, frozen=True, forbid_unknown_fields=True):
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+    prompt_tokens: Tokens
+    completion_tokens: Tokens
+    cached_tokens: Tokens
 
 
 class Receipt(Struct, frozen=True, forbid_unknown_fields=True):
     """What the coordinator signs of the whole request; `node_id` served (the last leg of) it.
 
     `price` is what its client pays.  What a node that served for it is owed is in its proof.
+    Of an upstream, `node_id` is the box that asked it, and `model_digest` (unless another leg ran
+    on a box) stands for the name of the model (`upstream_digest`).
     """
 
     request_id: RequestId
@@ -181,6 +256,16 @@ def sign_proof(identity: Identity, proof: Proof) -> SignedProof:
     return SignedProof(signed.decode(), identity.sign(PROOF_DOMAIN, signed).hex())
 
 
+def sign_upstream_leg(identity: Identity, leg: UpstreamLeg) -> SignedProof:
+    signed = canonical(leg)
+    return SignedProof(signed.decode(), identity.sign(UPSTREAM_DOMAIN, signed).hex())
+
+
+def upstream_digest(model_id: str) -> str:
+    """In place of a file's digest, for a model that no box has: of its name."""
+    return hashlib.sha256(f"{UPSTREAM_DOMAIN}\n{model_id}".encode()).hexdigest()
+
+
 def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
     """The signed bytes and the 64-byte signature."""
     signed = canonical(receipt)
@@ -198,21 +283,21 @@ def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
     )
 
 
-def prompts_of(proofs: Sequence[Proof]) -> list[Proof]:
+def prompts_of(proofs: Sequence[LegStatement]) -> list[LegStatement]:
     """The first proof of each prompt: a prompt is paid once."""
-    first: dict[int, Proof] = {}
+    first: dict[int, LegStatement] = {}
     for proof in proofs:
         first.setdefault(proof.prompt, proof)
     return list(first.values())
 
 
-def total_tokens(proofs: Sequence[Proof]) -> int:
+def total_tokens(proofs: Sequence[LegStatement]) -> int:
     """Tokens that are paid for: each prompt once, and the completion tokens of every leg."""
     completion = sum(proof.completion_tokens for proof in proofs)
     return completion + sum(proof.prompt_tokens for proof in prompts_of(proofs))
 
 
-def total_cost(proofs: Sequence[Proof], price: Price | None = None) -> int:
+def total_cost(proofs: Sequence[LegStatement], price: Price | None = None) -> int:
     """The cost of these tokens in 10^-9 of the currency: at `price`, or each leg's at its own.
 
     Raises ValueError if a price is none.
@@ -221,7 +306,7 @@ def total_cost(proofs: Sequence[Proof], price: Price | None = None) -> int:
     return sum(cost(proof, proof in prompts, price) for proof in proofs)
 
 
-def cost(proof: Proof, pays_prompt: bool, price: Price | None = None) -> int:
+def cost(proof: LegStatement, pays_prompt: bool, price: Price | None = None) -> int:
     """The cost of one leg in 10^-9 of the currency.  Raises ValueError."""
     prices = (price or proof.price).prices
     prompt = (proof.prompt_tokens, proof.cached_tokens) if pays_prompt else (0, 0)

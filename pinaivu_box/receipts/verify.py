@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
@@ -21,21 +21,28 @@ from pinaivu_box.receipts import answer, commitment
 from pinaivu_box.receipts.commitment import Opening
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
+    NOT_A_BOX,
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
+    RECEIPT_VERSIONS,
+    UPSTREAM_DOMAIN,
+    UPSTREAM_VERSION,
     VERSIONS,
     DocumentedFields,
+    LegStatement,
     Proof,
     Receipt,
     ReceiptView,
     SignedProof,
+    UpstreamLeg,
     mark_text,
     prompts_of,
     total_cost,
     total_tokens,
 )
 
-_KNOWN = " and ".join(map(str, VERSIONS))
+_KNOWN = ", ".join(map(str, VERSIONS))
+_KNOWN_RECEIPTS = ", ".join(map(str, RECEIPT_VERSIONS))
 _HEX = re.compile("[0-9a-f]*")
 
 
@@ -69,6 +76,15 @@ class Transcript(Struct, frozen=True):
     prompts: list[str] | None = None
     echoed: list[str] = []
     answer: bytes | None = None
+
+
+def usual_stop(document: bytes) -> list[str]:
+    """The stop strings of a receipt's model, which count where the request has none."""
+    try:
+        opening = msgspec.json.decode(document, type=ReceiptView).opening or {}
+        return msgspec.convert(opening.get("stop") or [], list[str])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []  # `verify_receipt` says what is wrong
 
 
 def verify_receipt(
@@ -109,12 +125,28 @@ def verify_receipt(
     return checks
 
 
-def read_proof(signed: SignedProof) -> Proof:
-    """Parse the text of a proof; `is_signed` checks its signature.  Raises ValueError.
+class _Kind(Struct):
+    kind: str | None = None
 
-    A proof from another box is read with these two before anything is signed, billed or stored:
+
+def read_statement(signed: SignedProof) -> LegStatement:
+    """Parse the text of a proof, or of the statement that is there of an upstream's leg;
+    `is_signed` checks its signature.  Raises ValueError.
+
+    What another box has signed is read with these two before anything is signed, billed or stored:
     what they refuse would be in a receipt that cannot be verified.
     """
+    try:
+        check_json(signed.signed)
+        if msgspec.json.decode(signed.signed, type=_Kind).kind is None:
+            return read_proof(signed)
+        return msgspec.json.decode(signed.signed, type=UpstreamLeg)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_proof(signed: SignedProof) -> Proof:
+    """Parse the text of a proof; `is_signed` checks its signature.  Raises ValueError."""
     try:
         check_json(signed.signed)
         return msgspec.json.decode(signed.signed, type=Proof)
@@ -122,9 +154,14 @@ def read_proof(signed: SignedProof) -> Proof:
         raise ValueError("it is nested too deeply") from error
 
 
-def is_signed(proof: Proof, signed: SignedProof) -> bool:
-    """Whether the signer of this proof, as read from `signed`, has signed every byte of it."""
-    return verify(proof.signer, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature))
+def is_signed(statement: LegStatement, signed: SignedProof) -> bool:
+    """Whether the signer of this statement, as read from `signed`, has signed every byte of it."""
+    return _is_signed_by(statement.signer, statement, signed)
+
+
+def _is_signed_by(signer: str, statement: LegStatement, signed: SignedProof) -> bool:
+    domain = PROOF_DOMAIN if isinstance(statement, Proof) else UPSTREAM_DOMAIN
+    return verify(signer, domain, signed.signed.encode(), _hex(signed.signature))
 
 
 def check_json(text: str) -> None:
@@ -151,7 +188,7 @@ def _check_opening(view: ReceiptView) -> None:
     if view.object != "receipt":
         raise ValueError("its `object` is not `receipt`")
     for name, value in (view.opening or {}).items():
-        if name not in ("prompt", "output", "legs", "prompts"):
+        if name not in ("prompt", "output", "legs", "prompts", "stop"):
             raise ValueError(f"its opening contains unknown field `{name[:100]}`")
         for opening in value if isinstance(value, list) else [value]:
             for field in opening if isinstance(opening, dict) else ():
@@ -160,8 +197,9 @@ def _check_opening(view: ReceiptView) -> None:
 
 
 def _format(receipt: Receipt) -> VerificationCheck:
-    known = receipt.v in VERSIONS
-    meaning = f"a receipt of version {receipt.v}" + ("" if known else f"; {_KNOWN} are known")
+    known = receipt.v in RECEIPT_VERSIONS
+    unknown = "" if known else f"; {_KNOWN_RECEIPTS} are known"
+    meaning = f"a receipt of version {receipt.v}{unknown}"
     return VerificationCheck("format", known, meaning)
 
 
@@ -189,15 +227,19 @@ def _shown_fields(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
 
 def _proof(
     number: int, signed: SignedProof, receipt: Receipt
-) -> tuple[VerificationCheck, Proof | None]:
+) -> tuple[VerificationCheck, LegStatement | None]:
     name = f"proof {number}"
     try:
-        proof = read_proof(signed)
+        proof = read_statement(signed)
     except ValueError as error:
         return VerificationCheck(name, False, f"this is not a proof: {error}"), None
+    if isinstance(proof, UpstreamLeg):
+        why = _upstream_fault(proof, signed, receipt)
+        check = _either(f"leg {number}", not why, _said_of_upstream(proof, signed, receipt), why)
+        return check, None if why else proof
     if not is_signed(proof, signed):
         return VerificationCheck(name, False, f"the signature is not {proof.signer}'s"), None
-    if proof.v not in VERSIONS or proof.v > receipt.v:
+    if not proof.is_known or not proof.fits(receipt.v):
         why = f"a proof of version {proof.v} in a receipt of version {receipt.v}"
         return VerificationCheck(name, False, f"{why}; {_KNOWN} are known"), None
     for field in ("request_id", "model", "model_digest"):
@@ -207,9 +249,37 @@ def _proof(
         f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
         f"{proof.completion_tokens} tokens"
     )
+    if proof.exactness is not UNSET:
+        claim += f", which can be made again to the bit ({proof.exactness})"
     if proof.witness is not None:
         return _witnessed(name, proof, receipt, claim), proof
     return VerificationCheck(name, True, f"{proof.node_id} signed that {claim}"), proof
+
+
+def _upstream_fault(leg: UpstreamLeg, signed: SignedProof, receipt: Receipt) -> str:
+    """What is wrong with the statement about an upstream's leg; empty if nothing is."""
+    signers = dict.fromkeys((leg.node_id, receipt.coordinator_id))
+    if not any(_is_signed_by(signer, leg, signed) for signer in signers):
+        return f"the signature is not {' or '.join(signers)}'s"
+    if receipt.v != UPSTREAM_VERSION:
+        return f"a leg of an upstream in a receipt of version {receipt.v}"
+    for field in ("request_id", "model"):
+        if (value := getattr(leg, field)) != getattr(receipt, field):
+            return f"it is about another {field}: {value}"
+    return ""
+
+
+def _said_of_upstream(leg: UpstreamLeg, signed: SignedProof, receipt: Receipt) -> str:
+    counted = "" if leg.tokens_counted_by == "upstream" else " (as it estimates)"
+    lost = not is_signed(leg, signed)
+    says = f"{leg.node_id} says that it"
+    if lost:
+        says = f"{receipt.coordinator_id} says that {leg.node_id}, which was lost before it signed,"
+    return (
+        f"{NOT_A_BOX}: {says} asked the upstream {leg.upstream} for "
+        f"{leg.upstream_model} and got {leg.completion_tokens} tokens{counted}; nobody proves "
+        "what ran there"
+    )
 
 
 def _witnessed(name: str, proof: Proof, receipt: Receipt, claim: str) -> VerificationCheck:
@@ -233,15 +303,18 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, claim: str) -> Verific
     return VerificationCheck(name, ok, f"{lost}; {mark}; the coordinator says that {claim}")
 
 
-def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
-    """Every choice has legs 0, 1, 2, ..., and the prompts are those that were committed to."""
+def _order(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
+    """Every choice has legs 0, 1, 2, ..., and the prompts are those that were committed to: with
+    their tokens by boxes, and without them for upstreams."""
     legs: Counter[int] = Counter()
     prompts: dict[int, str] = {}
+    by_kind: dict[tuple[int, type], str] = {}
     whole = bool(proofs)
     for proof in proofs:
         whole &= proof.leg == legs[proof.choice]
         legs[proof.choice] += 1
-        first = prompts.setdefault(proof.prompt, proof.prompt_commitment)
+        prompts.setdefault(proof.prompt, proof.prompt_commitment)
+        first = by_kind.setdefault((proof.prompt, type(proof)), proof.prompt_commitment)
         whole &= first == proof.prompt_commitment
     together = commitment.of_several([prompts[number] for number in sorted(prompts)])
     whole &= together == receipt.prompt_commitment
@@ -253,7 +326,7 @@ def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
     )
 
 
-def _usage(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
+def _usage(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
     usage, prompts = receipt.usage, prompts_of(proofs)
     same = (
         bool(proofs)
@@ -268,12 +341,19 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
         "usage",
         same,
         f"the tokens that were billed ({usage.prompt_tokens} prompt, {usage.completion_tokens} "
-        "completion) are the ones that the serving nodes signed for",
+        f"completion) are the ones that {_signers(receipt, proofs)} signed for",
         "the receipt counts other tokens or names another node than its proofs do",
     )
 
 
-def _payment(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
+def _signers(receipt: Receipt, proofs: list[LegStatement]) -> str:
+    own = [isinstance(p, UpstreamLeg) and p.node_id == receipt.coordinator_id for p in proofs]
+    if not any(own):
+        return "the serving nodes"
+    return "the coordinator" + " and the serving nodes" * (not all(own))
+
+
+def _payment(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
     price = receipt.price or proofs[-1].price
     try:
         due = amount.to_text(total_cost(proofs, receipt.price))
@@ -329,7 +409,8 @@ def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
             commitment.reopen(opening)
     except (KeyError, ValueError):
         return None
-    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) else None
+    has_tokens = bool(opening.tokens_sha256) == (receipt.v != UPSTREAM_VERSION)
+    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) and has_tokens else None
 
 
 def _read_opening(value: Any) -> Opening:

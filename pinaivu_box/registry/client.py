@@ -24,7 +24,7 @@ import msgspec
 import pinaivu_box
 from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
-from pinaivu_box.registry.reference import is_loopback
+from pinaivu_box.registry.reference import host_of, is_loopback
 
 T = TypeVar("T")
 
@@ -53,10 +53,6 @@ class HttpStatus(PullFailed):
         phrase = httpx.codes.get_reason_phrase(status)
         said = f": {quoted(detail)}" if detail else ""
         super().__init__(f"{self.host} answered {status} {phrase}".rstrip() + f"{said}.")
-
-
-def host_of(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def hub_token(environ: Mapping[str, str] = os.environ) -> str:

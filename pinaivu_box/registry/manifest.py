@@ -11,34 +11,24 @@ from urllib.parse import quote
 from msgspec import Meta, Struct, field
 
 from pinaivu_box.errors import PullFailed, quoted
-from pinaivu_box.models import splits
-from pinaivu_box.models.gguf import BadGguf
+from pinaivu_box.models import projectors, splits
+from pinaivu_box.models.gguf_bytes import BadGguf
+from pinaivu_box.models.image_manifest import (
+    ImageManifest,
+    Layer,
+    NoModel,
+    Size,
+    joined,
+    model_layers,
+)
 from pinaivu_box.models.record import ModelParameters, ModelRecord
-from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of
-from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel
+from pinaivu_box.registry.client import HttpStatus, RegistryClient
+from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel, host_of
 from pinaivu_box.text import END, whole
 
-_MAX_TEXT_BYTES = 128 * 1024  # of all layers of a kind, such as the licences
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-_OLLAMA = "application/vnd.ollama.image."
 _DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q5_K_M", "Q8_0")  # the first that there is
-
-Size = Annotated[int, Meta(ge=1, le=2**50)]
-
-
-class Layer(Struct):
-    """A part of a manifest."""
-
-    media_type: str = field(name="mediaType")
-    digest: Annotated[str, Meta(pattern=whole("sha256:[0-9a-f]{64}"))]
-    size: Size
-
-
-class ImageManifest(Struct):
-    """An image manifest, version 2, as Docker's registry and Ollama's have them."""
-
-    layers: Annotated[list[Layer], Meta(max_length=1024)]
 
 
 class LargeFile(Struct):
@@ -85,6 +75,7 @@ class Listing:
 
     files: tuple[RemoteFile, ...]
     record: ModelRecord
+    projector: RemoteFile | None = None
 
 
 async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
@@ -96,28 +87,13 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
         )
     except HttpStatus as error:
         raise _explained(error, model.id) from error
-    layers: dict[str, list[Layer]] = {}
-    for layer in manifest.layers:
-        layers.setdefault(layer.media_type.removeprefix(_OLLAMA), []).append(layer)
-    if "projector" in layers:
-        raise PullFailed(
-            f"{model.id} reads images, which this box does not: choose a model for text alone."
-        )
-    if "adapter" in layers:
-        raise PullFailed(f"{model.id} is an adapter (LoRA) for another model: choose that one.")
-    weights = layers.get("model", [])
-    if len(weights) != 1:
-        raise PullFailed(f"{model.id} has no weights as GGUF there: choose another name.")
+    try:
+        layers = model_layers(manifest)
+    except NoModel as error:
+        raise PullFailed(f"{model.id} {error}.") from error
 
     async def text_of(kind: str) -> str:
-        described = layers.get(kind, [])
-        if sum(layer.size for layer in described) > _MAX_TEXT_BYTES:
-            raise PullFailed(
-                f"{host_of(base)} describes {model.id} by more than {_MAX_TEXT_BYTES:,} bytes of "
-                f"{kind}: that is too much."
-            )
-        parts = [await _blob(client, base, layer) for layer in described]
-        return b"\n\n".join(parts).decode("utf-8", "replace")
+        return joined([await _blob(client, base, layer) for layer in layers.texts[kind]])
 
     record = ModelRecord(
         model.id,
@@ -126,9 +102,12 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
         await text_of("system"),
         ModelParameters.parse(await text_of("params")),
     )
-    (layer,) = weights
-    file = RemoteFile(f"{base}/blobs/{layer.digest}", layer.size, layer.digest[len("sha256:") :])
-    return Listing((file,), record)
+
+    def file_of(layer: Layer) -> RemoteFile:
+        return RemoteFile(f"{base}/blobs/{layer.digest}", layer.size, layer.sha256)
+
+    projector = file_of(layers.projector) if layers.projector is not None else None
+    return Listing((file_of(layers.weights),), record, projector)
 
 
 async def _blob(client: RegistryClient, base: str, layer: Layer) -> bytes:
@@ -158,19 +137,19 @@ async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
         raise PullFailed(_no_such_file(model, list(large)))
     if (part := splits.parse(names[0].rpartition("/")[2])) and len(names) < part.count:
         raise PullFailed(f"{model.repository} lacks some of the {part.count} parts of {names[0]}.")
-    files = tuple(
-        RemoteFile(
-            f"{model.base}/{model.repository}/resolve/{repository.sha}/{quote(name)}",
-            large[name].size,
-            large[name].sha256,
-        )
-        for name in names
-    )
+
+    def file_of(name: str) -> RemoteFile:
+        url = f"{model.base}/{model.repository}/resolve/{repository.sha}/{quote(name)}"
+        return RemoteFile(url, large[name].size, large[name].sha256)
+
     card = repository.card or CardData()
     license_ = card.license_name or card.license
     source = f"{host_of(model.base)}/{model.repository}@{repository.sha[:12]}/{names[0]}"
+    projector = projectors.choose(list(large), names[0])
     return Listing(
-        files, ModelRecord(model.id, source, license_ if isinstance(license_, str) else "")
+        tuple(map(file_of, names)),
+        ModelRecord(model.id, source, license_ if isinstance(license_, str) else ""),
+        file_of(projector) if projector else None,
     )
 
 
@@ -187,7 +166,7 @@ def choose(names: list[str], choice: str) -> list[str]:
     models: dict[str, dict[int, str]] = {}
     for name in names:
         file = name.rpartition("/")[2]
-        if not file.lower().endswith(".gguf") or file.lower().startswith("mmproj"):
+        if not file.lower().endswith(".gguf") or projectors.MARK in file.lower():
             continue
         try:
             part = splits.parse(file)

@@ -1,27 +1,33 @@
 """Pulls by name: where a name leads is looked up, and a download that runs is shared by all who ask
-for it."""
+for it.
+
+What speaks HTTP is imported by the first pull: most boxes start more often than they pull.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pinaivu_box.errors import PullFailed
 from pinaivu_box.files.download import Download
 from pinaivu_box.models import splits
-from pinaivu_box.models.gguf import BadGguf
-from pinaivu_box.registry import manifest
-from pinaivu_box.registry.client import RegistryClient, hub_token
-from pinaivu_box.registry.manifest import Listing
+from pinaivu_box.models.gguf_bytes import BadGguf
 from pinaivu_box.registry.reference import HubModel, LocalModel, RegistryModel, UrlModel
-from pinaivu_box.registry.transfer import Transfer
 from pinaivu_box.tasks import ignore_exception
+
+if TYPE_CHECKING:
+    from pinaivu_box.registry.client import RegistryClient
+    from pinaivu_box.registry.manifest import Listing
+    from pinaivu_box.registry.transfer import Transfer
 
 
 def client_for(reference: RegistryModel | HubModel | UrlModel) -> RegistryClient:
     """Return a client for the registry of a name; the Hub's has the user's token."""
+    from pinaivu_box.registry.client import RegistryClient, hub_token
+
     match reference:
         case HubModel(base=base):
             return RegistryClient(base, hub_token())
@@ -35,6 +41,8 @@ async def look_up(
     client: RegistryClient, reference: RegistryModel | HubModel | UrlModel
 ) -> Listing:
     """Return what the registry has under a name.  Raises PullFailed."""
+    from pinaivu_box.registry import manifest
+
     match reference:
         case HubModel():
             return await manifest.of_hub(client, reference)

@@ -109,6 +109,10 @@ def _parsed(text: str, config: RegistryConfig) -> Reference:
     return RegistryModel(f"{host.replace(':', '_')}/{rest}:{tag}", base, rest, tag)
 
 
+def host_of(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 def is_loopback(host: str) -> bool:
     """Whether `HOST[:PORT]` is this machine, where a registry may speak plain HTTP."""
     name = urlsplit(f"//{host}").hostname or ""

@@ -15,15 +15,17 @@ from pathlib import Path
 from random import Random
 
 import httpx
+from msgspec.structs import replace
 
 from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
 from pinaivu_box.files.download import DownloadSource
-from pinaivu_box.models import partial_file, record, splits
+from pinaivu_box.models import partial_file, projectors, record, splits
 from pinaivu_box.models.partial_file import PIECE_BYTES, CopyInProgress, NoRoom
 from pinaivu_box.models.regular_files import sha256
-from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of, unreachable
+from pinaivu_box.registry.client import HttpStatus, RegistryClient, unreachable
 from pinaivu_box.registry.manifest import Listing, RemoteFile
+from pinaivu_box.registry.reference import host_of
 from pinaivu_box.registry.unhashed_file import UnhashedFile
 from pinaivu_box.text import megabytes
 from pinaivu_box.text import number as number_of
@@ -52,7 +54,7 @@ class Transfer:
 
     `bytes` of `size` are here.  `checking` while nothing is received: files are compared with their
     digests.  Once it is `finishing` it must not be cancelled.  `files` are those that were
-    downloaded: name, digest and hashes of the pieces.
+    downloaded: name, digest and hashes of the pieces; `projector` is the one that is no model.
     """
 
     def __init__(self, client: RegistryClient, listing: Listing, folder: Path) -> None:
@@ -61,16 +63,29 @@ class Transfer:
         self.sources = [DownloadSource("", host_of(listing.files[0].url))]
         self.left_out: dict[DownloadSource, str] = {}
         self.files: list[tuple[Path, str, bytes]] = []
+        self.projector: Path | None = None
         self._folder = folder
-        self._transfers = [_FileTransfer(client, file, folder) for file in listing.files]
+        self._models = [_FileTransfer(client, file, folder) for file in listing.files]
+        self._projector: _FileTransfer | None = None
+        if listing.projector is not None:
+            self._projector = _FileTransfer(client, listing.projector, folder)
+
+    @property
+    def _transfers(self) -> list[_FileTransfer]:
+        return [*self._models, *([self._projector] if self._projector is not None else [])]
 
     @property
     def digest(self) -> str:
         """Of the model; empty while it is not known."""
-        digests = [transfer.digest for transfer in self._transfers]
+        digests = [transfer.digest for transfer in self._models]
         if not all(digests):
             return ""
         return digests[0] if len(digests) == 1 else splits.digest_of_parts(digests)
+
+    @property
+    def model_size(self) -> int:
+        """Of the model's own files, as far as it is known."""
+        return sum(transfer.size for transfer in self._models)
 
     @property
     def size(self) -> int:
@@ -116,11 +131,18 @@ class Transfer:
 
     def _publish(self) -> None:
         """Give the files their names.  Raises OSError."""
-        names = splits.names(self.record.id, len(self._transfers))
+        names = splits.names(self.record.id, len(self._models))
         targets = [self._folder / name for name in names]
         targets[0].parent.mkdir(parents=True, exist_ok=True)
+        if self._projector is not None:  # it is there when the model is seen
+            target = self.projector = targets[0].with_name(projectors.name_for(targets[0]))
+            if target.is_file() and sha256(target) == self._projector.digest:
+                target.unlink()  # a pull that was killed, or a model that was deleted, left it
+            partial_file.publish(self._folder, self._projector.key, target)
+            self.files.append((target, self._projector.digest, self._projector.hashes))
+            self.record = replace(self.record, projector=target.name)
         record.write(targets[0], self.record)
-        for target, transfer in zip(targets, self._transfers, strict=True):
+        for target, transfer in zip(targets, self._models, strict=True):
             partial_file.publish(self._folder, transfer.key, target)
             self.files.append((target, transfer.digest, transfer.hashes))
 

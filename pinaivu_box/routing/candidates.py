@@ -1,5 +1,5 @@
-"""Selects the box of a leg: gathers the candidates (the engine here and what peers offer), asks how
-busy they are, and has the router compare them."""
+"""Selects who serves a leg: gathers the candidates (the engine here, what peers offer, upstreams),
+asks how busy they are, and has the router compare them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from pinaivu_box.changes import Changes
 from pinaivu_box.errors import ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.gossip.adverts import Offer
+from pinaivu_box.gossip.adverts import ModelLoad, Offer
 from pinaivu_box.models.catalog import Model, remote
-from pinaivu_box.models.names import is_model_id
+from pinaivu_box.models.names import is_model_id, spellings
+from pinaivu_box.models.prices import prices_of
 from pinaivu_box.network.peer import Peer
+from pinaivu_box.receipts.receipt import upstream_digest
 from pinaivu_box.routing import spending_limits
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Candidate, Decision, Destination, RoutingRequest, route
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.upstream.upstream import Upstream
+from pinaivu_box.upstream.upstreams import Upstreams
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
 _MAX_CONVERSATIONS = 4096
 _MAX_PINNED = 4096  # requests whose file is remembered
 _TYPICAL_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 4
+_NO_IMAGES = "is sent no images: only the box that was asked looks at them"
 _BUSY = "said lately that it is busy"
 _MAX_BUSY_SECONDS = 5.0  # that a refusal is believed
 _ACCEPTED_SECONDS = 2.0  # in which a peer has accepted a leg that it has served
@@ -71,9 +76,11 @@ class Candidates:
         breaker: CircuitBreaker,
         reputation: Reputation,
         debts: Callable[[], Awaitable[Debts]],
+        upstreams: Upstreams,
     ) -> None:
         self.node_id = node_id
         self.changes = Changes()
+        self.upstreams = upstreams
         self._settings = settings
         self._load, self._placement = load, placement
         self._peers, self._ask_loads = peers, ask_loads
@@ -87,21 +94,30 @@ class Candidates:
     # -- models ------------------------------------------------------------------------------------
 
     def find(self, model_id: str) -> Model:
-        """The model here, or else as peers offer it, or did before they fell silent: that nobody
-        can serve it now is not the client's mistake.  Raises ModelNotFound."""
+        """The model here, or else as peers or upstreams offer it, or did before they fell silent:
+        that nobody can serve it now is not the client's mistake.  Raises ModelNotFound."""
         try:
             return self._settings.catalog.find(model_id)
         except ModelNotFound:
             models = [*self.remote_models(), *self._remote(self._offers(expired=True))]
             by_id = {model.id: model for model in reversed(models)}
-            for name in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
+            for name in spellings(model_id):
                 if name in by_id:
                     return by_id[name]
             raise
 
     def remote_models(self) -> list[Model]:
-        """Those that only peers have; of several files under one name, the one most boxes have."""
-        return self._remote(self._offers())
+        """Those that only peers or upstreams have; of several files under one name, the one most
+        boxes have."""
+        here = {model.id for model in self._settings.catalog.models}
+        of_upstreams = {
+            model_id: model
+            for model_id, model in self.upstreams.models().items()
+            if model_id not in here
+        }
+        of_peers = {model.id: model for model in self._remote(self._offers())}
+        both = of_upstreams | of_peers
+        return [both[model_id] for model_id in sorted(both)]
 
     def _remote(self, offers: list[tuple[Peer, Offer]]) -> list[Model]:
         here = {model.id for model in self._settings.catalog.models}
@@ -115,7 +131,9 @@ class Candidates:
         ]
 
     def offered(self, model_id: str) -> bool:
-        """Whether any peer has it."""
+        """Whether any peer or upstream has it."""
+        if self.upstreams.with_model(model_id):
+            return True
         return any(offer.id == model_id for _, offer in self._offers())
 
     def _offers(self, *, expired: bool = False) -> list[tuple[Peer, Offer]]:
@@ -134,13 +152,15 @@ class Candidates:
     # -- candidates --------------------------------------------------------------------------------
 
     def of(self, job: Job, digest: str) -> list[Candidate]:
-        """Every box that has a model of that name; `digest` is that of the file here, "" if there
-        is none."""
+        """Whoever has a model of that name; `digest` is that of the file here, "" if there is
+        none."""
         warm, tokens, max_tokens = self._warm(job), tokens_of(job), _max_tokens_of(job)
         candidates = [] if job.model.remote else [self._local(job, digest, warm, tokens)]
         for peer, offer in self._offers():
             if offer.id == job.model.id:
                 candidates.append(self._peer(job, peer, offer, warm, tokens, max_tokens))
+        for upstream in self.upstreams.with_model(job.model.id):
+            candidates.append(self._upstream(job, upstream, warm, tokens))
         return candidates
 
     def _local(self, job: Job, digest: str, warm: str | None, tokens: _Tokens) -> Candidate:
@@ -155,12 +175,13 @@ class Candidates:
             node_id=self.node_id,
             model=model.id,
             digest=digest,
-            sequences=config.engine.max_sequences,
+            sequences=load.places(model.id),
             load=now,
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
-            cost=config.pricing.prices_of(model.id).most(*tokens),
+            cost=prices_of(model, config.pricing).most(*tokens),
             currency=config.pricing.currency,
+            cpu_variant=config.engine.cpu_variant or load.cpu_variant(),
             local=True,
             known=True,
             warm=warm == self.node_id,
@@ -181,8 +202,14 @@ class Candidates:
         reported = peer.loads.get(offer.id)
         heard = reported.at if reported else peer.advert_at or 0.0
         max_cost = price.most(*max_tokens)
-        if job.peers and not {peer.node_id, peer.name} & set(job.peers):
-            refuses: str | None = "is not among the peers that the key allows"
+        refuses: str | None = None
+        of_upstream = offer.digest.hex() == upstream_digest(offer.id)
+        if job.images:
+            refuses = _NO_IMAGES
+        elif of_upstream and job.leg:
+            refuses = "has it from an upstream, which goes on with nobody's answer"
+        elif job.peers and not {peer.node_id, peer.name} & set(job.peers):
+            refuses = "is not among the peers that the key allows"
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
         else:
@@ -207,14 +234,55 @@ class Candidates:
             sent=sum(began > heard for began, _ in state.running.values()),
             warm=warm == peer.node_id,
             draining=advert.draining,
+            cpu_variant=advert.cpu_variant,
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
             tripped=self._breaker.why(peer.node_id),
             refuses=refuses,
             max_cost=max_cost,
             destination=Destination(
-                peer.node_id, peer.name, offer.digest.hex(), offer.prices, advert.currency
+                peer.node_id,
+                peer.name,
+                offer.digest.hex(),
+                offer.prices,
+                advert.currency,
+                of_upstream=of_upstream,
             ),
+        )
+
+    def _upstream(
+        self, job: Job, upstream: Upstream, warm: str | None, tokens: _Tokens
+    ) -> Candidate:
+        config, places = self._settings.config, upstream.places
+        tripped = self._breaker.why(upstream.id)
+        refuses = None
+        if job.leg:
+            refuses = "is an upstream, which goes on with nobody's answer"
+        elif job.peers and upstream.name not in job.peers:
+            refuses = "is not among the peers that the key allows"
+        elif upstream.down is not None:
+            refuses = f"is an upstream that cannot be used: it {upstream.down}"
+        elif upstream.busy_seconds:
+            refuses = f"has asked to be left alone for {math.ceil(upstream.busy_seconds)} s"
+        elif places.waiting and places.waiting >= config.engine.max_queue:
+            refuses = "has a full queue"
+        model = upstream.model(job.model.id)
+        return Candidate(
+            node_id=upstream.id,
+            model=job.model.id,
+            digest=model.recorded_digest or "",
+            sequences=places.limit,
+            load=ModelLoad(places.free, 2**30, places.waiting),
+            ttft_ms=upstream.ttft_ms,
+            tokens_per_s=upstream.tokens_per_s,
+            cost=prices_of(model, config.pricing).most(*tokens),
+            currency=config.pricing.currency,
+            known=True,
+            warm=warm == upstream.id,
+            gone=tripped is not None,  # it is not asked at all then, unlike a peer
+            tripped=tripped,
+            refuses=refuses,
+            upstream=upstream.name,
         )
 
     # -- the choice --------------------------------------------------------------------------------
@@ -242,7 +310,8 @@ class Candidates:
                 for candidate in candidates
             ]
             decision = route(untripped, request, self._random)
-        if decision.chosen is not None:  # all choices and legs of a request are of one file
+        if decision.chosen is not None and not decision.chosen.upstream:
+            # All choices and legs of a request that boxes serve are of one file.
             self._pinned.setdefault(job.request_id, decision.chosen.digest)
         return decision
 
@@ -259,6 +328,7 @@ class Candidates:
             local_only=job.local_only,
             tried=tried,
             weights=(peering.price_weight, peering.time_weight, peering.reputation_weight),
+            exactness=job.exactness,
         )
 
     # -- what happens to legs ----------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.settings import LiveSettings
 
 _LATELY = 32  # legs that a median is of
 _TTFT_MS, _TOKENS_PER_S = 200.0, 20.0  # until something was measured
@@ -25,9 +24,10 @@ class LoadTracker:
     `changed` is called with each.
     """
 
-    def __init__(self, placement: Placement, settings: LiveSettings) -> None:
+    def __init__(self, placement: Placement) -> None:
         self.changed: Callable[[], None] = lambda: None
-        self._placement, self._settings = placement, settings
+        self._placement = placement
+        self._cpu_variant = ""
         self._legs: Counter[str] = Counter()
         self._ttft: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
         self._speed: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
@@ -56,19 +56,33 @@ class LoadTracker:
     def ttft_ms(self, model: Model) -> float:
         """The median of lately, and about what loading takes if no engine has the model.  If that
         were thought to take long, nobody would ever send to a box that has not begun."""
-        loaded = any(engine.model_id == model.id for engine in self._placement.engines)
-        loading = 0.0 if loaded else _STARTING_MS + model.size / _BYTES_A_MS
+        loading = _STARTING_MS + model.size / _BYTES_A_MS
+        if self._placement.replicas(model.id):
+            loading = 0.0
         return median(self._ttft[model.id] or [_TTFT_MS]) + loading
 
     def tokens_per_s(self, model_id: str) -> float:
         """Of one stream."""
         return median(self._speed[model_id] or [_TOKENS_PER_S])
 
+    def measured_tokens_per_s(self, model_id: str) -> float | None:
+        """As `tokens_per_s`; None before anything was measured."""
+        return median(speeds) if (speeds := self._speed.get(model_id)) else None
+
+    def cpu_variant(self) -> str:
+        """Of ggml's library for the CPU in the engines of this box; empty if none has run yet."""
+        for engine in self._placement.engines:
+            self._cpu_variant = engine.ready.cpu_variant or self._cpu_variant
+        return self._cpu_variant
+
+    def places(self, model_id: str) -> int:
+        """How many sequences of the model can run at a time."""
+        return self._placement.places(model_id)
+
     def of(self, model_id: str) -> ModelLoad:
         """The load of this moment.  What cache an engine would have is not known before it runs."""
-        legs, places = self._legs[model_id], self._settings.config.engine.max_sequences
-        kv_free = 2**20
-        for engine in self._placement.engines:
-            if engine.model_id == model_id:
-                kv_free = max(0, engine.ready.kv_tokens - engine.load.kv_used)
+        legs, engines = self._legs[model_id], self._placement.replicas(model_id)
+        places, kv_free = self.places(model_id), 2**20
+        if engines:
+            kv_free = max(max(0, each.ready.kv_tokens - each.load.kv_used) for each in engines)
         return ModelLoad(max(0, places - legs), kv_free, max(0, legs - places))

@@ -1,10 +1,11 @@
-"""What this box offers its peers: the models whose digests are known, with load and prices."""
+"""What this box offers its peers: the models whose digests are known, and those of upstreams that
+peers may use, with load and prices."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from pinaivu_box import __version__
 from pinaivu_box.gateway.placement import Digest
 from pinaivu_box.gossip.adverts import MAX_MODELS, Facts, Offer
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.prices import prices_of
+from pinaivu_box.receipts.receipt import upstream_digest
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.upstream.upstream import Upstream
+from pinaivu_box.upstream.upstreams import Upstreams
 
 _LOOK_SECONDS = 5.0
 
@@ -32,7 +37,9 @@ class Offers:
         load: LoadTracker,
         digest: Digest,
         draining: Callable[[], bool],
+        upstreams: Upstreams,
     ) -> None:
+        self._upstreams = upstreams
         self._settings, self._load, self._digest = settings, load, digest
         self._draining = draining
         self._digests: dict[_File, bytes] = {}
@@ -51,24 +58,51 @@ class Offers:
     def describe(self) -> Facts:
         config, catalog = self._settings.config, self._settings.catalog
         models = [model for model in catalog.models if _file(model) in self._digests]
+        offers = [*map(self._offer, models), *self._of_upstreams()]
         return Facts(
             version=__version__[:32],
             addresses=(),
             currency=config.pricing.currency[:16],
-            models=tuple(map(self._offer, models[:MAX_MODELS])),
+            models=tuple(offers[:MAX_MODELS]),
             draining=self._draining(),
+            cpu_variant=(config.engine.cpu_variant or self._load.cpu_variant())[:64],
         )
 
     def _offer(self, model: Model) -> Offer:
         load, config = self._load, self._settings.config
-        price = config.pricing.prices_of(model.id)
+        price = prices_of(model, config.pricing)
         return Offer(
             id=model.id,
             digest=self._digests[_file(model)],
-            sequences=config.engine.max_sequences,
+            sequences=load.places(model.id),
             **asdict(load.of(model.id)),
             ttft_ms=math.ceil(load.ttft_ms(model)),
             tokens_per_s=round(load.tokens_per_s(model.id)),
+            prices=(price.prompt, price.cached or price.prompt, price.completion),
+        )
+
+    def _of_upstreams(self) -> Iterator[Offer]:
+        """Not those that are here as well: an advert has one model of each name."""
+        names = {model.id for model in self._settings.catalog.models}
+        for upstream in self._upstreams.all:
+            if not upstream.config.for_peers or upstream.down is not None:
+                continue
+            for model_id in upstream.models():
+                if model_id not in names:
+                    names.add(model_id)
+                    yield self._offer_of(upstream, upstream.model(model_id))
+
+    def _offer_of(self, upstream: Upstream, model: Model) -> Offer:
+        price, places = prices_of(model, self._settings.config.pricing), upstream.places
+        return Offer(
+            id=model.id,
+            digest=bytes.fromhex(upstream_digest(model.id)),
+            sequences=places.limit,
+            sequences_free=places.free,
+            kv_free=2**20,
+            queue=places.waiting,
+            ttft_ms=math.ceil(upstream.ttft_ms),
+            tokens_per_s=round(upstream.tokens_per_s),
             prices=(price.prompt, price.cached or price.prompt, price.completion),
         )
 

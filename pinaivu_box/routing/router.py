@@ -48,7 +48,8 @@ MAX_HEADER = 200  # characters
 
 @dataclass(frozen=True)
 class Destination:
-    """A peer and its offer of a model; `prices` of 1,000 tokens (prompt, cached, completion)."""
+    """A peer and its offer of a model; `prices` of 1,000 tokens (prompt, cached, completion).
+    `of_upstream`: the peer has the model from an upstream."""
 
     node_id: str
     name: str
@@ -56,18 +57,19 @@ class Destination:
     prices: tuple[str, str, str]
     currency: str
     pays_prompt: bool = True
+    of_upstream: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # a key of dictionaries: hashing all fields takes long
 class Candidate:
-    """An engine here (`local`) or a peer's offer of one model.
+    """An engine here (`local`), a peer's offer of one model, or one of an `upstream` of that name.
 
     `cost` of this request in 10^-9 of `currency`, `max_cost` its upper bound.  `rtt_ms` None: there
     is no link yet.  `sent`: requests of ours that it has not answered and that its offer did not
     count.  `known`: its load is of this moment, not of its advert.  `warm`: it served this
     conversation lately.  `tripped`: why it is left alone for now.  `gone`: others lost their links
     to it, or there is none and nobody linked with it is known, so it is asked last.  `refuses`:
-    what else speaks against it.
+    what else speaks against it.  `cpu_variant` is that of its library for the CPU, if it says so.
     """
 
     node_id: str
@@ -82,6 +84,7 @@ class Candidate:
     reputation: float = 1.0
     rtt_ms: float | None = 0.0
     sent: int = 0
+    cpu_variant: str = ""
     local: bool = False
     known: bool = False
     warm: bool = False
@@ -91,6 +94,7 @@ class Candidate:
     refuses: str | None = None
     max_cost: int = 0
     destination: Destination | None = None  # of a peer
+    upstream: str = ""
 
     def starts_at_once(self, tokens: int) -> bool:
         """Whether a request of so many tokens (prompt and answer) would not wait."""
@@ -118,7 +122,8 @@ class RoutingRequest:
 
     With `digest` None the model is not here, so any file with its name will do.  `local_only`: it
     may not leave the box.  `tried`: node ids that have failed it already.  `weights`: of price,
-    time and reputation.
+    time and reputation.  `exactness`: that of an earlier leg, which a box of the same variant goes
+    on with to the bit.
     """
 
     model: str
@@ -130,6 +135,12 @@ class RoutingRequest:
     local_only: bool = False
     tried: Collection[str] = ()
     weights: tuple[float, float, float] = (0.4, 0.3, 0.3)
+    exactness: str = ""
+
+    def has_same_bits(self, candidate: Candidate) -> bool:
+        """Whether the candidate should make the very tokens that the earlier leg would have."""
+        variant = candidate.cpu_variant
+        return bool(variant) and self.exactness.startswith(f"bitwise:{variant} ")
 
 
 class ScoredCandidate(NamedTuple):
@@ -220,7 +231,9 @@ def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
     """Why a candidate may not serve the request, in a few words; None if it may."""
     if candidate.model != ask.model:
         return "has another model"
-    if ask.digest is not None and candidate.digest != ask.digest and not ask.same_name:
+    # Of an upstream the operator has said what the model is.
+    has_file = candidate.upstream or ask.digest is None or candidate.digest == ask.digest
+    if not has_file and not ask.same_name:
         return "has another file under that name"
     if candidate.node_id in ask.tried:
         return "was tried already"
@@ -279,12 +292,18 @@ def route(candidates: Sequence[Candidate], ask: RoutingRequest, random: Random) 
 def _not_drawn(eligible: list[Candidate], ask: RoutingRequest, random: Random) -> list[Candidate]:
     """Most of many peers, which are not compared.  Those that are called gone go first, and who is
     known or warm stays."""
-    peers = [c for c in eligible if not (c.local or c.warm or c.known)]
+    peers = [c for c in eligible if not (c.local or c.warm or c.known or ask.has_same_bits(c))]
     reachable = [candidate for candidate in peers if not candidate.gone]
     if len(reachable) <= DRAWN or ask.policy == "cheapest":
         return []
     drawn = set(random.sample(reachable, DRAWN))
     return [candidate for candidate in peers if candidate not in drawn]
+
+
+def _goes_on_exactly(candidate: Candidate, ask: RoutingRequest) -> bool:
+    if candidate.gone or not ask.has_same_bits(candidate):
+        return False
+    return candidate.starts_at_once(ask.tokens)
 
 
 def _choose(
@@ -293,6 +312,9 @@ def _choose(
     """`ranked`: who is eligible, best first.  Returns the one, and the reason in one word."""
     if not ranked:
         return None, "nobody"
+    # Who goes on with the same bits, unless the request would have to wait for that.
+    same = [scored for scored in ranked if _goes_on_exactly(scored.candidate, ask)]
+    ranked = same or ranked
     if ask.policy == "prefer-local":
         for scored in ranked:
             if scored.candidate.local and scored.candidate.starts_at_once(ask.tokens):

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from urllib.parse import quote
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
-from pinaivu_box.errors import InternalError
-from pinaivu_box.server import error_responses
+from pinaivu_box.server.pages import errors
 from pinaivu_box.server.paths import normalise
 from pinaivu_box.store.keys import PREFIX
 
 log = logging.getLogger("pinaivu.http")
 
-_SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # some clients put their key into the path
+# Some clients put their key into the path; one-time links have their token there.
+_SECRET = re.compile(rf"(?<={PREFIX})[^/\s]+|(?<=/login/link/)[^/\s]+")
 _UNQUOTED = "!#$&'*+-.^_`|~:/[]"  # beside letters and digits, in a list in a header
 _MAX_HEADER_CHARACTERS = 2000
 _MAX_PATH_CHARACTERS = 300  # that are logged
@@ -46,10 +47,13 @@ class AccessLog:
     it when it ends.
 
     An inference request is logged when its receipt is written: it sets `state["logged"]`.
+    `answered` is told whether a request would run a model, which `InferenceCall` notes, and its
+    status.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, answered: Callable[[bool, int], None]) -> None:
         self._app = app
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,9 +91,9 @@ class AccessLog:
             if started:
                 raise  # too late for an answer: the connection is closed
             state.pop("rate_limits", None)  # may be what failed
-            error = InternalError("The box failed on this request; its log says why.")
-            await error_responses.response(error)(scope, receive, send_with_headers)
+            await errors.on_failure(scope)(scope, receive, send_with_headers)
         finally:
+            self._answered("runs_model" in state, status)
             if release := state.pop("release_body", None):  # see `bodies`
                 release()
             if not state.get("logged"):
@@ -98,7 +102,7 @@ class AccessLog:
                     "request_id": request_id,
                     "key": key.id if key else None,
                     "method": scope["method"],
-                    "path": _SECRET.sub(f"{PREFIX}...", path)[:_MAX_PATH_CHARACTERS],
+                    "path": _SECRET.sub("...", path)[:_MAX_PATH_CHARACTERS],
                     "status": status,
                     "total_ms": round((time.monotonic() - began) * 1000),
                 }

@@ -11,6 +11,7 @@ from pinaivu_box.admin import lists
 from pinaivu_box.admin.lists import AccountList
 from pinaivu_box.admin.views import AccountView, account_view
 from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.logins import forget_ended
 from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Role
@@ -62,6 +63,7 @@ async def change_account(request: Request, account: str, body: ChangeAccount) ->
         await accounts.set_role(database, stored, body.role, actor)
     if body.password is not UNSET:
         await accounts.set_password(database, stored, body.password, actor)
+        await forget_ended(box_of(request))
     return account_view(await accounts.find(database, stored.id))
 
 
@@ -69,4 +71,5 @@ async def remove_account(request: Request, account: str) -> RemovedAccount:
     database = box_of(request).database
     removed = await accounts.find(database, account)
     await accounts.remove(database, removed, actor_of(request))
+    await forget_ended(box_of(request))
     return RemovedAccount(removed.id, removed.name)

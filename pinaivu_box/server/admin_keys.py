@@ -58,11 +58,16 @@ class RotateKey(Struct, frozen=True):
     overlap: str = OVERLAP
 
 
-_DEFAULT_ROTATION = RotateKey()
+DEFAULT_ROTATION = RotateKey()
 
 
 class KeyQuery(PageQuery, frozen=True):
+    """`q`: the beginning of names or secrets.  `usable`: only keys that are not revoked.  Empty
+    parameters count as absent."""
+
     account: str | None = None
+    q: Annotated[str, Meta(max_length=200)] = ""
+    usable: bool = False
 
 
 class StopRunning(Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,15 +78,20 @@ class StopRunning(Struct, frozen=True, forbid_unknown_fields=True):
 
 async def list_keys(request: Request, query: KeyQuery) -> KeyList:
     return await lists.list_keys(
-        box_of(request).database, account=query.account, after=query.after, limit=query.limit
+        box_of(request).database,
+        account=query.account or None,
+        beginning=query.q,
+        usable=query.usable,
+        after=query.after or None,
+        limit=query.limit,
     )
 
 
 async def create_key(request: Request, body: CreateKey) -> NewKey:
-    expires_at = None if body.expires_at is None else _expiry(body.expires_at)
+    expires_at = None if body.expires_at is None else expiry(body.expires_at)
     draft = Draft(body.name, body.account, body.policy, expires_at)
     key, secret = await new_keys.create(box_of(request).database, draft, actor_of(request))
-    return _with_warning(request, new_key_view(key, secret))
+    return with_warning(request, new_key_view(key, secret))
 
 
 async def get_key(request: Request, key_id: str) -> KeyView:
@@ -98,15 +108,15 @@ async def change_key(request: Request, key_id: str, body: ChangeKey, query: Stop
         key,
         actor_of(request),
         name=body.name,
-        policy=UNSET if body.policy is UNSET else _changed_policy(key.policy, body.policy),
-        expires_at=_expiry(moment) if isinstance(moment := body.expires_at, datetime) else moment,
+        policy=UNSET if body.policy is UNSET else changed_policy(key.policy, body.policy),
+        expires_at=expiry(moment) if isinstance(moment := body.expires_at, datetime) else moment,
         blocked=body.blocked,
     )
-    view = _stop_requests(request, key) if query.now else key_view(key)
-    return _with_warning(request, view)
+    view = stop_requests(request, key) if query.now else key_view(key)
+    return with_warning(request, view)
 
 
-async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION) -> NewKey:
+async def rotate_key(request: Request, key_id: str, body: RotateKey = DEFAULT_ROTATION) -> NewKey:
     with named_field("body", "overlap"):
         overlap = keys.parse_overlap(body.overlap)
     database = box_of(request).database
@@ -117,10 +127,10 @@ async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_R
 async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyView:
     database = box_of(request).database
     key = await keys.revoke(database, await keys.get(database, key_id), actor_of(request))
-    return _stop_requests(request, key) if query.now else key_view(key)
+    return stop_requests(request, key) if query.now else key_view(key)
 
 
-def _stop_requests(request: Request, key: Key) -> KeyView:
+def stop_requests(request: Request, key: Key) -> KeyView:
     """Stop the running requests of a key that is revoked or blocked."""
     error = refusal(key)
     assert error is not None
@@ -129,13 +139,13 @@ def _stop_requests(request: Request, key: Key) -> KeyView:
     return msgspec.structs.replace(key_view(key), stopped=stopped)
 
 
-def _with_warning(request: Request, view: View) -> View:
+def with_warning(request: Request, view: View) -> View:
     """With a warning if the budget limits nothing."""
-    text = warning(view.policy, box_of(request).config.pricing)
+    text = warning(view.policy, box_of(request).config)
     return view if text is None else msgspec.structs.replace(view, warning=text)
 
 
-def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
+def changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
     """Raises InvalidBody."""
     try:
         return policies.changed(policy, changes)
@@ -143,7 +153,7 @@ def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
         raise from_validation(error, "body", "policy") from error
 
 
-def _expiry(moment: datetime) -> int:
+def expiry(moment: datetime) -> int:
     """Unix milliseconds.  Raises InvalidBody."""
     seconds = moment.timestamp()
     if not 0 < seconds - time.time() <= LONGEST_LIFE:

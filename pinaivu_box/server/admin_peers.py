@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Awaitable
 from typing import Annotated, TypeVar
@@ -44,16 +45,18 @@ OFF = (
 
 class Invite(Struct, frozen=True):
     """`name` is the name of the new box; `expires` counts from now ("1h").  An `admin` may invite
-    and remove other boxes."""
+    and remove other boxes.  `qr`: also draw the ticket."""
 
     name: Name | None = None
     expires: str = "1h"
     uses: Annotated[int, Meta(ge=1, le=MAX_USES)] = 1
     admin: bool = False
+    qr: bool = False
 
 
 class NewInvitation(Struct, frozen=True):
-    """`ticket` holds a secret: it is shown only now."""
+    """`ticket` holds a secret: it is shown only now.  `qr` is a QR code of it as SVG, if it was
+    asked for."""
 
     ticket: str
     expires_at: str
@@ -61,6 +64,7 @@ class NewInvitation(Struct, frozen=True):
     name: str | None
     admin: bool
     request_id: str = ""
+    qr: str = ""
 
 
 class Join(Struct, frozen=True):
@@ -117,7 +121,7 @@ _DEFAULT_REMOVAL = Remove()
 
 async def list_peers(request: Request) -> PeerList:
     network, box = network_of(request), box_of(request)
-    own = network.own_view(box.offers.describe().models, box.config.peering.relay)
+    own = network.own_view(box.offers.describe(), box.config.peering.relay)
     return PeerList(own, await _views(request, network.peers()))
 
 
@@ -131,7 +135,18 @@ async def invite(request: Request, body: Invite = _DEFAULT_INVITE) -> NewInvitat
         network.invite(body.name, seconds, body.uses, body.admin, actor_of(request))
     )
     expires_at = utc_text(decode_ticket(ticket).expires_at)
-    return NewInvitation(ticket, expires_at, body.uses, body.name, body.admin)
+    drawing = _qr_code(ticket) if body.qr else ""
+    return NewInvitation(ticket, expires_at, body.uses, body.name, body.admin, qr=drawing)
+
+
+def _qr_code(ticket: str) -> str:
+    """As SVG without a style of its own, which pages do not allow."""
+    import segno  # takes a moment, and few need it
+
+    # A ticket means the same in capitals, of which the code is smaller.
+    code, drawing = segno.make(ticket.upper(), error="l"), io.BytesIO()
+    code.save(drawing, kind="svg", xmldecl=False, nl=False, light="#fff", omitsize=True)
+    return drawing.getvalue().decode()
 
 
 async def join(request: Request, body: Join) -> PeerView:

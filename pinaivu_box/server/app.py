@@ -11,14 +11,18 @@ from starlette.middleware import Middleware
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import ApiError, StoreError
-from pinaivu_box.server import error_responses
 from pinaivu_box.server.access_log import AccessLog
 from pinaivu_box.server.auth import Authenticate
 from pinaivu_box.server.background import Background
 from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.cors import Cors
 from pinaivu_box.server.endpoints import ENDPOINTS, access_to
+from pinaivu_box.server.idle_work import IdleWork
 from pinaivu_box.server.openapi import specification
+from pinaivu_box.server.pages import errors
+from pinaivu_box.server.pages.kept_overviews import KeptOverviews
+from pinaivu_box.server.proxies import TrustProxies
+from pinaivu_box.server.running_answers import RunningAnswers
 from pinaivu_box.server.unread_body import UnreadBody
 
 
@@ -26,21 +30,32 @@ def create_app(box: Box) -> Starlette:
     app = Starlette(
         routes=ENDPOINTS,
         middleware=[
+            Middleware(TrustProxies, trusted=lambda: box.config.server.trusted_proxies),
             Middleware(UnreadBody),
             Middleware(Cors, origins=box.config.server.cors_origins),
-            Middleware(AccessLog),
-            Middleware(Authenticate, box=box, access_to=access_to),
+            Middleware(AccessLog, answered=partial(_note_answer, box)),
+            Middleware(Authenticate, box=box, access_to=access_to, refused=errors.on_refusal),
         ],
         exception_handlers={
-            ApiError: error_responses.on_error,
-            StoreError: error_responses.on_error,
-            HTTPException: error_responses.on_http_error,
-            sqlite3.OperationalError: error_responses.on_database_error,
+            ApiError: errors.on_error,
+            StoreError: errors.on_error,
+            HTTPException: errors.on_http_error,
+            sqlite3.OperationalError: errors.on_database_error,
         },
     )
     app.state.box = box
     app.state.bodies = Bodies()
     app.state.background = Background()
+    app.state.answers = RunningAnswers()
+    app.state.importing = set()  # accounts
+    app.state.idle_work = IdleWork(box)
+    app.state.overviews = KeptOverviews()
     app.state.openapi = cache(partial(specification, ENDPOINTS))
     app.router.redirect_slashes = False  # AccessLog has normalised the path
     return app
+
+
+def _note_answer(box: Box, runs_model: bool, status: int) -> None:
+    # Who stops a box has it refuse what comes; that is no incident.
+    if runs_model and not box.admission.draining:
+        box.incidents.answered(status)

@@ -18,7 +18,8 @@ from pinaivu_box.errors import (
     RateLimited,
     RequestTimeout,
 )
-from pinaivu_box.openai import large_bodies
+from pinaivu_box.openai import chat_markdown, large_bodies
+from pinaivu_box.openai.conversations import Portable
 from pinaivu_box.openai.decoding import SMALL_BODY_BYTES, decode
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from pinaivu_box.server.codings import coding_of, decoded
@@ -45,6 +46,8 @@ class Bodies:
         self._memory = BodyMemory()
         # Apart, because a request that waits for this holds the memory of its body.
         self._history_memory = BodyMemory()
+        self._image_memory = BodyMemory()
+        self._chat_memory = BodyMemory()
 
     async def receive(
         self, request: Request, account: str, kind: type[Body], max_bytes: int, *, strict: bool
@@ -54,17 +57,30 @@ class Bodies:
         The memory of a large one is reserved until `release_body`.  Raises what `read` and `decode`
         do, and RateLimited, NoNodesAvailable if there is no memory for it.
         """
+        data = await self._read(request, account, max_bytes)
+        if len(data) <= SMALL_BODY_BYTES:
+            return decode(data, kind, strict=strict)
+        payload = large_bodies.job(data, kind, strict=strict)
+        del data
+        return large_bodies.result(await self._run(payload, account), kind)
+
+    async def receive_markdown(self, request: Request, account: str, max_bytes: int) -> Portable:
+        """As `receive`, for a chat in Markdown (see `openai.chat_markdown`)."""
+        data = await self._read(request, account, max_bytes)
+        if len(data) <= SMALL_BODY_BYTES:
+            return chat_markdown.read(data)
+        answer = await self._run(large_bodies.markdown_job(data), account)
+        return msgspec.msgpack.decode(answer, type=Portable)
+
+    async def _read(self, request: Request, account: str, max_bytes: int) -> bytes:
+        """The body; the memory of a large one is reserved."""
         reader = BodyReader(request, max_bytes)
         data = await reader.up_to(SMALL_BODY_BYTES)
         if data is None:
             release = await self._memory.reserve(account, reader.max_size, max_bytes)
             request.scope["state"]["release_body"] = release
             data = await reader.whole()
-        if len(data) <= SMALL_BODY_BYTES:
-            return decode(data, kind, strict=strict)
-        payload = large_bodies.job(data, kind, strict=strict)
-        del data
-        return large_bodies.result(await self._run(payload, account), kind)
+        return data
 
     async def reserve_history(
         self, request: Request, account: str, size: int, max_bytes: int
@@ -73,12 +89,28 @@ class Bodies:
         the body.  Raises RateLimited, NoNodesAvailable."""
         if size <= SMALL_BODY_BYTES:
             return
-        size = min(size, max_bytes)
-        release_history = await self._history_memory.reserve(account, size, max_bytes)
-        both = ExitStack()
-        both.callback(keep_body(request))
-        both.callback(release_history)
-        request.scope["state"]["release_body"] = both.close
+        release = await self._history_memory.reserve(account, min(size, max_bytes), max_bytes)
+        _release_with_body(request, release)
+
+    async def reserve_chat(self, account: str, size: int, max_bytes: int) -> Callable[[], None]:
+        """Reserve memory for `size` bytes of a stored conversation, which may have `max_bytes`,
+        if that is much; returns the function that releases it.  Raises RateLimited,
+        NoNodesAvailable."""
+        if size <= SMALL_BODY_BYTES:
+            return lambda: None
+        return await self._chat_memory.reserve(account, min(size, max_bytes), max_bytes)
+
+    async def reserve_chat_of(
+        self, request: Request, account: str, size: int, max_bytes: int
+    ) -> None:
+        """As `reserve_chat`; it is released with the body."""
+        _release_with_body(request, await self.reserve_chat(account, size, max_bytes))
+
+    async def reserve_images(self, request: Request, account: str, max_bytes: int) -> None:
+        """Reserve memory for images that are still to be fetched; it is released with the body.
+        Raises RateLimited, NoNodesAvailable."""
+        release = await self._image_memory.reserve(account, max_bytes, max_bytes)
+        _release_with_body(request, release)
 
     async def history(self, account: str, rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
         """See `large_bodies.history`."""
@@ -109,6 +141,13 @@ def keep_body(request: Request) -> Callable[[], None]:
     """Keep the memory reserved when the request ends; returns the function that releases it."""
     release: Callable[[], None] | None = request.scope["state"].pop("release_body", None)
     return release or (lambda: None)
+
+
+def _release_with_body(request: Request, release: Callable[[], None]) -> None:
+    both = ExitStack()
+    both.callback(keep_body(request))
+    both.callback(release)
+    request.scope["state"]["release_body"] = both.close
 
 
 async def read(request: Request, max_bytes: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
 from pinaivu_box.engine.messages import Output
@@ -29,7 +28,7 @@ from pinaivu_box.openai.types import (
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall, last_fields, reader_of
 from pinaivu_box.server.jobs import chat_job, choices
-from pinaivu_box.server.sse import DONE, EventStream, encode_event
+from pinaivu_box.server.sse import DONE, EventStream, encode_event, encode_json
 
 _PLACEHOLDER = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
 _ENCODED_PLACEHOLDER = b'"\\u0000"'
@@ -112,7 +111,7 @@ class _ChatAnswer:
                 self._begin(event)
             case Output():
                 choice = self._choices[event.choice]
-                pieces = choice.reader.take(event.text, event.finish_reason)
+                pieces = choice.reader.read(event)
                 choice.add(pieces, _logprobs(event))
             case Finished():
                 self._end = event
@@ -131,13 +130,22 @@ class _ChatAnswer:
                 self._around_text[event.choice] = before, after
                 return self._chunk(event.choice, {"role": "assistant", "content": ""})
             case Output():
-                reader = self._choices[event.choice].reader
-                pieces = reader.take(event.text, event.finish_reason)
-                return self._chunks(event.choice, pieces, _logprobs(event))
+                return self._chunks_of(event)
             case Finished():
                 return self._last_chunks(event)
             case Failed(error):
                 return encode_event(error_responses.event(error))
+
+    def _chunks_of(self, output: Output) -> bytes:
+        reader, logprobs = self._choices[output.choice].reader, output.logprobs
+        plain = type(output) is Output and reader.passes and output.finish_reason is None
+        if plain and not logprobs:
+            return self._text_chunk(output.choice, output.text) if output.text else b""
+        return self._chunks(output.choice, reader.read(output), _logprobs(output))
+
+    def _text_chunk(self, choice: int, text: str) -> bytes:
+        before, after = self._around_text[choice]
+        return before + encode_json(text) + after
 
     def _begin(self, event: ChoiceStarted) -> None:
         reader = reader_of(self._jobs[event.choice], event, self._custom_tools)
@@ -151,8 +159,7 @@ class _ChatAnswer:
         chunks = []
         for piece in pieces:
             if isinstance(piece, Text) and not logprobs:
-                before, after = self._around_text[choice]
-                chunks.append(before + msgspec.json.encode(piece.text) + after)
+                chunks.append(self._text_chunk(choice, piece.text))
                 continue
             chunks.append(self._chunk(choice, _delta(piece), logprobs=logprobs))
             logprobs = []

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from pinaivu_box.box import Box
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.server.auth import key_of
+from pinaivu_box.server.sessions import address_of, session_of
 from pinaivu_box.store.audit import Actor
 
 
@@ -24,8 +25,10 @@ def request_id_of(request: Request) -> str:
 
 
 def actor_of(request: Request) -> Actor:
-    """The key and the address, as the audit trail records them."""
-    return Actor(key_of(request).id, request.client.host if request.client else "")
+    """The key, or the account of a session, and the address, as the audit trail records them."""
+    session = session_of(request)
+    name = key_of(request).id if session is None else session.account.id
+    return Actor(name, address_of(request))
 
 
 @contextmanager

@@ -6,10 +6,11 @@ import copy
 import logging
 import re
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from pinaivu_box.errors import (
     ApiError,
@@ -21,6 +22,7 @@ from pinaivu_box.errors import (
     InternalError,
     InvalidBody,
     InvalidValue,
+    LoginNeeded,
     MethodNotAllowed,
     NoNodesAvailable,
     NotFound,
@@ -33,7 +35,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.gateway.quota import Entry
 from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.json_response import JSON
-from pinaivu_box.server.paths import methods_at, suggestion
+from pinaivu_box.server.paths import forwarded_prefix, methods_at, suggestion
 
 log = logging.getLogger("pinaivu.http")
 
@@ -151,11 +153,22 @@ def of_store(error: Exception) -> ApiError:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, LoginNeeded):
+        return to_login(request)
     api_error = error if isinstance(error, ApiError) else of_store(error)
     count(request, api_error)
     contact = request.app.state.box.config.server.contact
     path = request.url.path
     return response(adapted(api_error, contact, path), path)
+
+
+def to_login(request: Request) -> Response:
+    """To the login, which leads back to the page that was asked for."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    wanted = urlencode({"next": f"{request.url.path}{query}"})
+    return RedirectResponse(
+        f"{forwarded_prefix(request.headers)}/login?{wanted}", 303, {"cache-control": "no-store"}
+    )
 
 
 async def on_database_error(request: Request, error: Exception) -> Response:
@@ -171,7 +184,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     path, method = quoted(request.url.path), request.method
     routes = request.app.routes
     if status == 404:
-        hint = suggestion(path, routes)
+        hint = suggestion(method, path, routes)
         return response(NotFound(f"There is no {path} here. {hint}"), request.url.path)
     if status == 405:
         allowed = methods_at(request.url.path, routes)

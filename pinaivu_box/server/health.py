@@ -31,6 +31,8 @@ def not_ready(box: Box) -> str | None:
     """Why no model can be served; None if one can."""
     if box.admission.draining:
         return "shutting down"
+    if any(upstream.down is None and upstream.models() for upstream in box.upstreams.all):
+        return None
     if not box.catalog.models:
         return "no model is installed"
     failures = [box.placement.failing(model) for model in box.catalog.models]
@@ -38,5 +40,8 @@ def not_ready(box: Box) -> str | None:
 
 
 async def metrics(request: Request) -> Response:
-    registry = box_of(request).metrics.registry
+    box = box_of(request)
+    if box.devices.listed:  # else nothing uses one yet
+        await box.devices.read()
+    registry = box.metrics.registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -17,7 +17,7 @@ from starlette.types import Receive
 from pinaivu_box.box import Box
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.config import parse_duration
-from pinaivu_box.engine.messages import Tokenized
+from pinaivu_box.engine.messages import Output, Tokenized
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
 from pinaivu_box.gateway.admission import under
 from pinaivu_box.gateway.backend import Job
@@ -36,6 +36,8 @@ from pinaivu_box.openai.types import (
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.bodies import Bodies, release_body
+from pinaivu_box.server.chunks import chunk_writer
+from pinaivu_box.server.images import fetches_images, with_images
 from pinaivu_box.server.jobs import sampling_of
 from pinaivu_box.server.sse import EventStream
 
@@ -76,6 +78,7 @@ class InferenceCall:
         self.bodies: Bodies = request.app.state.bodies
         self.key = key_of(request)
         self.request_id: str = request.scope["state"]["request_id"]
+        request.scope["state"]["runs_model"] = True  # see `AccessLog`
         self.created_at = int(time.time())
         self._since = time.monotonic()
         self.ignored: list[str] = []
@@ -86,6 +89,7 @@ class InferenceCall:
         self._counted: Entry | None = None  # as one of the key's requests per minute
         self.running: Running  # once it is started
         self._watcher: asyncio.Task[None]
+        self._keeps_body = False
 
     async def body(self, kind: type[Body]) -> Body:
         """The decoded body.  Fills `ignored`, which is also the header `x-pinaivu-ignored`.
@@ -100,7 +104,7 @@ class InferenceCall:
         body, self.ignored = await self.bodies.receive(
             self.request, key.account_id, kind, max_bytes, strict=strict
         )
-        self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
+        self._keep_alive = keep_alive_seconds(getattr(body, "keep_alive", None))
         if self._keep_alive is not None and self._keep_alive > self.box.placement.max_keep_alive:
             if strict:
                 raise InvalidBody(
@@ -112,6 +116,12 @@ class InferenceCall:
         self._timeout = _timeout(self.request, getattr(body, "pinaivu", None))
         return body
 
+    @property
+    def keep_alive(self) -> float | None:
+        """For how many seconds the client wants the model to stay loaded; None if it says
+        nothing."""
+        return self._keep_alive
+
     def job(self, body: ModelRequest) -> Job:
         """A job of the model that the body names, with its sampling parameters and nothing else of
         it.  Raises what `Admission.check` does."""
@@ -122,9 +132,11 @@ class InferenceCall:
             model=model,
             messages=[],
             sampling=sampling_of(body),
+            seeded=getattr(body, "seed", None) is not None,
             max_tokens=None,
             stop=[],
             tenant=self.key.id,
+            system=model.record.system if model.record is not None else "",
         )
 
     def first_fields(self, id_prefix: str, kind: str, job: Job) -> dict[str, Any]:
@@ -139,6 +151,17 @@ class InferenceCall:
             "object": kind,
         }
 
+    async def seeing(self, job: Job) -> Job:
+        """The job with the files of its images; see `with_images`."""
+        return (await self._with_images([job]))[0]
+
+    async def _with_images(self, jobs: list[Job]) -> list[Job]:
+        """See `with_images`.  Raises RateLimited, NoNodesAvailable if others fetch too many."""
+        if fetches_images(jobs[0].messages):
+            max_bytes = self.box.config.server.max_body_bytes
+            await self.bodies.reserve_images(self.request, self.key.account_id, max_bytes)
+        return await with_images(self.box, self.key.policy, jobs)
+
     async def tokenize(
         self,
         job: Job,
@@ -150,7 +173,7 @@ class InferenceCall:
         """See `gateway.backend.Tokenizer`.  Raises InvalidBody for what is too large, and
         ContextOverflow for a prompt that is far too long."""
         check_sizes(job.tools, job.constraint, job.stop)
-        job = under(self.key, job)
+        job = await self.seeing(under(self.key, job))
         return await self._until_disconnected(
             self.box.admission.tokenizer.tokenize(job, tokens, plain=plain, count=count)
         )
@@ -169,10 +192,13 @@ class InferenceCall:
 
     async def start(self, jobs: list[Job], *, background: bool = False) -> None:
         """Start the request; in the `background` it goes on when the client disconnects.  Raises
-        what admission does, TooLate, and InvalidBody for what is too large."""
+        what admission and `with_images` do, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
-        jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
+        jobs = await self._with_images(jobs)
+        # What was sent with them stays until the end: another leg may need it.
+        self._keeps_body = bool(jobs[0].images)
+        jobs = [replace(job.with_usual_stop(), keep_alive=self._keep_alive) for job in jobs]
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
@@ -201,7 +227,7 @@ class InferenceCall:
         try:
             while True:
                 for event in await self.running.events.take():
-                    release_body(self.request)
+                    self._release_body()
                     if isinstance(event, Failed):
                         raise event.error
                     self.note(event)
@@ -244,7 +270,7 @@ class InferenceCall:
         events = await self.running.events.take()
         while isinstance(events[-1], ChoiceStarted):
             events = [*events, *await self.running.events.take()]
-        release_body(self.request)
+        self._release_body()
         self.note(events[0])
         return events
 
@@ -254,8 +280,25 @@ class InferenceCall:
         encode: Callable[[RequestEvent], bytes],
         settle: Callable[[Finished], Awaitable[None]] | None,
     ) -> AsyncIterator[bytes]:
-        """Yields what `encode` makes of the events, as many at a time as have arrived."""
+        """Yields what `encode` makes of the events, as many at a time as have arrived.
+
+        Outputs that find everything before them written are written where they arrive, if the
+        connection can do that."""
         events = await first
+        writer, mailbox = chunk_writer(self.request.scope), self.running.events
+
+        def write(event: RequestEvent) -> bool:
+            if writer is None or not isinstance(event, Output) or event.finish_reason is not None:
+                return False
+            if not writer.ready:
+                return False
+            try:
+                data = encode(event)
+            except Exception:  # the generator's to meet, not the engine's
+                return False
+            writer.write(data)
+            return True
+
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
                 if data := b"".join(map(encode, events[:-1])):
@@ -268,7 +311,15 @@ class InferenceCall:
                 yield data
             if isinstance(events[-1], Finished | Failed):
                 return
-            events = await self.running.events.take()
+            if writer is not None:
+                mailbox.offer = write
+            events = await mailbox.take()
+            mailbox.offer = None
+
+    def _release_body(self) -> None:
+        """Release the memory of the body once it is not needed any more."""
+        if not self._keeps_body:
+            release_body(self.request)
 
     def note(self, event: RequestEvent) -> None:
         """Set the headers that depend on the first event of a choice."""
@@ -298,7 +349,7 @@ def _timeout(request: Request, extension: Extension | None) -> float | None:
     return seconds
 
 
-def _keep_alive(value: float | str | None) -> float | None:
+def keep_alive_seconds(value: float | str | None) -> float | None:
     """Seconds; a negative value stands for ever.  Raises InvalidBody."""
     try:
         if isinstance(value, str):  # Ollama's clients also write 1h30m

@@ -121,11 +121,12 @@ class _MessageAnswer:
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.whole()}]
             case Output():
-                pieces = self._reader.take(event.text, event.finish_reason)
+                pieces = self._reader.read(event)
                 if event.finish_reason:
                     reason = _STOP_REASONS.get(self._reader.finish_reason, "end_turn")
-                    self._stop_reason = "stop_sequence" if event.stop_string else reason
-                    self._stop_string = event.stop_string
+                    if event.stop_string in self._job.stop:  # else it is the model's own
+                        self._stop_string = event.stop_string
+                    self._stop_reason = "stop_sequence" if self._stop_string else reason
                 return [data for piece in pieces for data in self._add(piece)]
             case Finished():
                 uncached = event.prompt_tokens - event.cached_tokens

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 
@@ -15,8 +17,10 @@ from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ModelNotAllowed
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.model_admin import loading
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.record import ModelParameters
 from pinaivu_box.openai.ollama import (
     AnsweredCall,
     AnsweredFunction,
@@ -42,7 +46,7 @@ from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.tools import parsed_arguments
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of
-from pinaivu_box.server.context import box_of
+from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.server.inference import InferenceCall, reader_of
 from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.sse import LineStream, encode_line
@@ -87,10 +91,24 @@ async def _answer(
 
 
 async def _load(call: InferenceCall, model: str, *, is_chat: bool) -> OllamaAnswer:
-    """Load a model, which is what a request without a prompt is for."""
-    job = call.job(GenerateRequest(model=model))
-    await call.tokenize(replace(job, prompt=""), count=True)
-    return _Answer(call, job, is_chat=is_chat).loaded()
+    """Load a model, which is what a request without a prompt is for; or, if it is to be kept for no
+    time, unload it."""
+    job = replace(call.job(GenerateRequest(model=model)), prompt="", keep_alive=call.keep_alive)
+    answer = _Answer(call, job, is_chat=is_chat)
+    if call.keep_alive == 0:
+        await _unload(call, job)
+        return answer.empty("unload")
+    await call.tokenize(job, count=True)
+    return answer.empty("load")
+
+
+async def _unload(call: InferenceCall, job: Job) -> None:
+    """For an admin at once; for others as soon as no other key wants the model to stay."""
+    placement, model_id = call.box.placement, job.model.id
+    if call.key.admin:
+        await loading.unload(call.box, model_id, actor_of(call.request))
+    elif model_id in placement.loaded:
+        await call.tokenize(job, count=True)
 
 
 async def embed(call: InferenceCall, body: EmbedRequest) -> EmbedAnswer:
@@ -135,16 +153,16 @@ async def version(request: Request) -> OllamaVersion:
 
 
 async def tags(request: Request) -> Tags:
-    box = box_of(request)
-    return Tags(
-        [await _tagged(request, model) for model in box.admission.models(key_of(request).policy)]
-    )
+    admission, policy = box_of(request).admission, key_of(request).policy
+    named = [(model.id, model) for model in admission.models(policy)]
+    named += admission.aliases(policy)
+    return Tags([await _tagged(request, name, model) for name, model in named])
 
 
-async def _tagged(request: Request, model: Model) -> TaggedModel:
+async def _tagged(request: Request, name: str, model: Model) -> TaggedModel:
     digest = await _digest(request, model)
     modified = _time(model.created)
-    return TaggedModel(model.id, model.id, modified, model.size, digest, _details(model))
+    return TaggedModel(name, name, modified, model.size, digest, _details(model))
 
 
 async def show(request: Request, body: ShowRequest) -> ShownModel:
@@ -160,7 +178,25 @@ async def show(request: Request, body: ShowRequest) -> ShownModel:
         "general.parameter_count": model.header.parameters,
         f"{architecture}.context_length": context,
     }
-    return ShownModel(_details(model), info, ["completion", "tools"], _time(model.created))
+    capabilities = ["completion", "tools"] + ["vision"] * (model.projector is not None)
+    described = ShownModel(_details(model), info, capabilities, _time(model.created))
+    if (record := model.record) is None:
+        return described
+    return msgspec.structs.replace(
+        described,
+        license=record.license or UNSET,
+        system=record.system or UNSET,
+        parameters=_written(record.parameters) or UNSET,
+    )
+
+
+def _written(parameters: ModelParameters) -> str:
+    """Parameters as Ollama writes them: a line for each, a text in quotes."""
+    lines = []
+    for name, value in msgspec.structs.asdict(parameters).items():
+        values = value if isinstance(value, tuple) else [value]
+        lines += [f"{name:<30} {json.dumps(one)}" for one in values if one is not None]
+    return "\n".join(lines)
 
 
 async def ps(request: Request) -> LoadedModels:
@@ -225,9 +261,9 @@ class _Answer:
         self._arguments: list[str] = []
         self._end: Finished
 
-    def loaded(self) -> OllamaAnswer:
-        """The answer to a request that only loads the model."""
-        return self._line("", done=True, done_reason="load")
+    def empty(self, reason: str) -> OllamaAnswer:
+        """The answer to a request that only loads or unloads the model."""
+        return self._line("", done=True, done_reason=reason)
 
     def whole(self) -> OllamaAnswer:
         return self._last(self._text, self._thinking, self._calls)
@@ -251,7 +287,7 @@ class _Answer:
             case Output():
                 self._first = self._first or time.monotonic()
                 self._queued = (event.queue_ms or 0.0) / 1000 or self._queued
-                for piece in self._reader.take(event.text, event.finish_reason):
+                for piece in self._reader.read(event):
                     self._add(piece)
             case Finished():
                 self._close_call()

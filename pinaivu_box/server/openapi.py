@@ -11,6 +11,7 @@ from msgspec import Struct
 from pinaivu_box import __version__
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.json_response import JSON
+from pinaivu_box.server.sessions import COOKIE, CSRF_HEADER
 from pinaivu_box.server.sse import EventStream
 
 
@@ -39,12 +40,33 @@ _ERRORS = {
     "422": "A field is invalid; `detail` says which.",
     "503": "This cannot be served now; Retry-After says when to try again.",
 }
+_BY_DEFAULT: list[dict[str, list[str]]] = [{"key": []}, {"session": []}]
+_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": COOKIE,
+        "description": "Of the pages, once somebody has logged in.",
+    },
+    "csrf": {
+        "type": "apiKey",
+        "in": "header",
+        "name": CSRF_HEADER,
+        "description": "The token of the session, which changes need beside its cookie.",
+    },
+}
 
 
 def specification(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
     """The document of those that have a summary."""
     documented = [endpoint for endpoint in endpoints if endpoint.summary]
-    kinds = {kind for endpoint in documented for kind in (endpoint.response, endpoint.body) if kind}
+    kinds = {
+        kind
+        for endpoint in documented
+        for kind in (endpoint.response, endpoint.documented_body)
+        if kind
+    }
     _, schemas = msgspec.json.schema_components(
         sorted([*kinds, ErrorBody], key=lambda kind: kind.__name__),
         ref_template="#/components/schemas/{name}",
@@ -57,18 +79,17 @@ def specification(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Pinaivu Box", "version": __version__},
         "servers": [{"url": "."}],  # where this document is, under any prefix
-        "security": [{"key": []}],
+        "security": _BY_DEFAULT,
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": _SCHEMES,
         },
     }
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    assert endpoint.response is not None
-    response = _schema(endpoint.response)
+    response = _schema(endpoint.response) if endpoint.response is not None else {}
     content = {
         kind: {"schema": {"type": "string"}} if kind == EventStream.media_type else response
         for kind in endpoint.media_types
@@ -86,10 +107,27 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
             **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
         },
     }
-    if endpoint.body is not None:
-        body = {JSON.media_type: _schema(endpoint.body)}
+    if endpoint.documented_body is not None:
+        body = {JSON.media_type: _schema(endpoint.documented_body)}
+        if endpoint.documented_text:
+            body[endpoint.documented_text] = {"schema": {"type": "string"}}
         operation["requestBody"] = {"required": True, "content": body}
+    if (security := _security(endpoint)) != _BY_DEFAULT:
+        operation["security"] = security
     return operation
+
+
+def _security(endpoint: Endpoint) -> list[dict[str, list[str]]]:
+    """One of these is needed; an empty one stands for nothing."""
+    if endpoint.access == "public":
+        return []
+    session: dict[str, list[str]] = {"session": []}
+    if endpoint.method != "GET":
+        session["csrf"] = []
+    if endpoint.access == "page":
+        return [{}, session]
+    nothing: list[dict[str, list[str]]] = [{}] if endpoint.access == "explorer" else []
+    return [{"key": []}, session, *nothing]
 
 
 def _operation_id(endpoint: Endpoint) -> str:

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _REPEATED_VERSION = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
 _PREFIX = re.compile(rf"(?:/[A-Za-z0-9._~-]+)+{END}")
+PREFIX_HEADER = "x-forwarded-prefix"
 _MAX_PREFIX_CHARACTERS = 200
 _PARAMETER = re.compile(r"{[^}]*}")
 _FOREIGN_BASE = re.compile(rf"^(?:/(?:api|openai|v[0-9]+))*(?=/|{END})")  # of other servers' URLs
+_API = ("/v1/", "/api/")  # all else are pages, and answers to GET
 _MIN_SIMILARITY = 0.7
 _MAX_PATHS_NAMED = 8
 _MAX_COMPARED_CHARACTERS = 100
@@ -38,7 +40,7 @@ def forwarded_prefix(headers: Headers) -> str:
 
     From `X-Forwarded-Prefix`, to which each proxy of a chain adds its own after a comma.
     """
-    parts = headers.get("x-forwarded-prefix", "").split(",")
+    parts = headers.get(PREFIX_HEADER, "").split(",")
     prefix = "".join(part.strip().rstrip("/") for part in parts)
     # It becomes part of addresses: one that began with two slashes would name another host.
     valid = len(prefix) <= _MAX_PREFIX_CHARACTERS and _PREFIX.match(prefix)
@@ -47,18 +49,29 @@ def forwarded_prefix(headers: Headers) -> str:
 
 def methods_at(path: str, endpoints: Iterable[Endpoint]) -> list[str]:
     """The methods that the path takes."""
-    return sorted({each.method for each in endpoints if each.path_regex.match(path)})
+    return sorted({each.method for each in endpoints if each.has_path(path)})
 
 
-def suggestion(path: str, endpoints: Sequence[Endpoint]) -> str:
-    """A sentence that names the paths most like an unknown one, or else some that exist."""
+def suggestion(method: str, path: str, endpoints: Sequence[Endpoint]) -> str:
+    """A sentence that names the paths most like an unknown one, or else some that exist.
+
+    Of those that are as near, the API's come first, and of these those that answer the method: a
+    client that mistyped a path may have the wrong method too.  Pages are named to nobody but
+    browsers that open an address.
+    """
     path = path[:_MAX_COMPARED_CHARACTERS]  # compared on the event loop, also without a key
+    opens = method in ("GET", "HEAD") and not path.startswith("/v1")
+    endpoints = [each for each in endpoints if opens or each.path.startswith(_API)]
     scored = [(_similarity(path, each.path), each) for each in endpoints]
     scored.sort(key=itemgetter(0), reverse=True)
-    threshold = max(_MIN_SIMILARITY, scored[0][0] - 0.1)
-    nearest = [each for score, each in scored if score >= threshold][:3]
-    if nearest:
-        names = [f"{each.method} {_PARAMETER.sub('{id}', each.path)}" for each in nearest]
+    best = scored[0][0]
+    near = [each for score, each in scored if score >= max(_MIN_SIMILARITY, best - 0.1)]
+    if near:
+        nearest = [each for score, each in scored if score == best]
+        nearest = [each for each in nearest if each.path.startswith(_API)] or nearest
+        nearest = [each for each in nearest if method in (each.methods or ())] or nearest
+        named = [*nearest, *(each for each in near if each not in nearest)][:3]
+        names = [f"{each.method} {_PARAMETER.sub('{id}', each.path)}" for each in named]
         return f"Did you mean {' or '.join(names)}?"
     plain = list(dict.fromkeys(each.path for each in endpoints if "{" not in each.path))
     return f"There are {', '.join(plain[:_MAX_PATHS_NAMED])} and more; /docs describes all of them."

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
+from pinaivu_box.admin import receipt_table
 from pinaivu_box.admin.lists import Page, page_of
+from pinaivu_box.admin.receipt_table import ReceiptLine
+from pinaivu_box.admin.usage_report import DAY_MS, parse_day
 from pinaivu_box.errors import ReceiptNotFound
 from pinaivu_box.receipts.receipt import ReceiptView, view
 from pinaivu_box.server.auth import key_of
-from pinaivu_box.server.context import box_of
+from pinaivu_box.server.context import box_of, named_field
 from pinaivu_box.server.paging import PageQuery
-from pinaivu_box.server.usage import key_id
+from pinaivu_box.server.usage import account_id, key_id
 from pinaivu_box.store import requests
 from pinaivu_box.store.requests import ListedReceipt
 
 
 class ReceiptQuery(PageQuery, frozen=True):
-    """`after`: the request_id of the last receipt of the page before.  `key`: a name or an id.
-    Empty parameters count as absent."""
+    """`after`: the request_id of the last receipt of the page before.  `key` and `account`: a name
+    or an id.  Days are in UTC, and `end_date` is included.  Empty parameters count as absent.
+
+    With the format `csv` there is a line for each receipt, up to 100,000, whatever `limit` says."""
 
     model: str | None = None
     key: str | None = None
+    account: str | None = None
+    start_date: str | None = None
+    end_date: str | None = None
+    format: Literal["json", "csv"] = "json"
 
 
 class ReceiptOfKey(ReceiptView, frozen=True, kw_only=True):
@@ -36,18 +48,47 @@ class ReceiptList(Page[ReceiptOfKey], frozen=True):
     """The newest first."""
 
 
-async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList:
-    box, key = box_of(request), key_of(request)
-    account_id = None if key.admin else key.account_id
+async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList | Response:
+    """Raises InvalidBody, Forbidden, NotFound."""
+    box = box_of(request)
+    selection = await _selection(request, query)
+    if query.format == "csv":
+        lines = receipt_table.csv_lines(box.database, after=query.after, **selection)
+        headers = {"content-disposition": 'attachment; filename="receipts.csv"'}
+        return StreamingResponse(lines, headers=headers, media_type="text/csv")
     rows = await requests.list_receipts(
-        box.database,
-        account_id=account_id,
-        key_id=await key_id(box, query.key, account_id) if query.key else None,
-        model=query.model or None,
-        after=query.after,
-        limit=query.limit + 1,
+        box.database, after=query.after or None, limit=query.limit + 1, **selection
     )
     return page_of(ReceiptList, [_listed(row) for row in rows], query.limit)
+
+
+async def list_lines(request: Request, query: ReceiptQuery) -> tuple[list[ReceiptLine], bool]:
+    """A page of receipts as lines of a table, and whether there are more.  Raises InvalidBody,
+    Forbidden, NotFound."""
+    rows = await requests.list_receipts(
+        box_of(request).database,
+        after=query.after or None,
+        limit=query.limit + 1,
+        **await _selection(request, query),
+    )
+    return [receipt_table.line_of(row) for row in rows[: query.limit]], len(rows) > query.limit
+
+
+async def _selection(request: Request, query: ReceiptQuery) -> dict[str, Any]:
+    """What `requests.list_receipts` is to select."""
+    box, key = box_of(request), key_of(request)
+    with named_field("query", "start_date"):
+        since = parse_day(query.start_date) if query.start_date else 0
+    with named_field("query", "end_date"):
+        until = parse_day(query.end_date) + DAY_MS if query.end_date else None
+    account = await account_id(box, key, query.account or None)
+    return {
+        "account_id": account,
+        "key_id": await key_id(box, query.key, account) if query.key else None,
+        "model": query.model or None,
+        "since": since,
+        "until": until,
+    }
 
 
 async def get_receipt(request: Request, request_id: str) -> ReceiptView:

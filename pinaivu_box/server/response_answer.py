@@ -87,7 +87,7 @@ class ResponseAnswer:
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
             case Output():
-                return self._items.add(self._reader.take(event.text, event.finish_reason))
+                return self._items.add(self._reader.read(event))
             case Finished():
                 self._settle(event)
                 return self._last_events()

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
+from pinaivu_box.openai.response_input import as_items, as_messages, as_stored, referenced_id
 from pinaivu_box.openai.responses import (
     DeletedResponse,
     FlatSchemaFormat,
@@ -21,11 +22,7 @@ from pinaivu_box.openai.responses import (
     ResponseObject,
     ResponseRequest,
     Retrieve,
-    as_items,
-    as_messages,
-    as_stored,
     chat_choice,
-    referenced_id,
 )
 from pinaivu_box.openai.tools import chat_tools, client_tools
 from pinaivu_box.openai.types import ChatRequest, SchemaFormat, UserMessage
@@ -68,7 +65,7 @@ async def create_response(
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     messages = _join_system_messages(messages)
-    job = replace(chat_job(chat, call.job(chat)), messages=messages)
+    job = await call.seeing(replace(chat_job(chat, call.job(chat)), messages=messages))
     if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
         call.thinking_field = "reasoning.effort"
     if body.truncation == "auto":

@@ -9,18 +9,22 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import termios
 from collections.abc import Callable
+from typing import Any, cast
 
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.typing import AppWrapper
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
 from pinaivu_box.server.app import create_app
+from pinaivu_box.server.chunks import EXTENSION
 from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.serve")
@@ -31,27 +35,73 @@ _SAME_SIGNAL_SECONDS = 0.3
 _LINGER_SECONDS = 2.0  # how long a client may go on sending after the end of an answer
 
 
+class _Config(HypercornConfig):
+    """Hypercorn's, with a context for TLS that stays ours, so that a reload can change its
+    certificate."""
+
+    tls: ssl.SSLContext | None = None
+    ssl_handshake_timeout = 20.0
+
+    @property
+    def ssl_enabled(self) -> bool:
+        return self.tls is not None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self.tls
+
+
 class _Connection(tcp_server.TCPServer):
-    """Hypercorn's connection with two changes.
+    """Hypercorn's connection with four changes.
 
     It ends as soon as the client has closed it, not at the idle timeout: many short connections
     would keep every file descriptor until then.  After the server has closed it, it is read for a
     moment until the client closes it too: a connection that is closed with unread data is reset,
-    and the client might not receive the answer.
+    and the client might not receive the answer.  Under TLS, which asyncio cannot end in one
+    direction only, the end of the answer is its last byte as HTTP counts them.
+
+    Over HTTP/1.1 it is a `chunks.ChunkWriter` of its answers: the further chunks of a body have no
+    state that h11 would have to know.
+
+    And whatever ends a connection ends it without a word in the log: anybody can send nonsense.
     """
 
+    written = 0
     _closing = False
     _running: asyncio.Task[None] | None = None
+
+    def __init__(self, app: AppWrapper, *more: Any) -> None:
+        super().__init__(cast("AppWrapper", self._serve), *more)
+        self._served, self._transport = app, self.writer.transport
+
+    async def _serve(self, scope: Any, *more: Any) -> None:
+        if scope["type"] == "http" and scope["http_version"] == "1.1" and scope["method"] != "HEAD":
+            scope["extensions"][EXTENSION] = self
+        await self._served(scope, *more)
+
+    @property
+    def ready(self) -> bool:
+        transport = self._transport
+        return not (
+            self._closing or transport.is_closing() or transport.get_write_buffer_size() > 0
+        )
+
+    def write(self, data: bytes) -> None:
+        if data:  # a chunk of nothing would be the last
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self.written += 1
 
     async def run(self) -> None:
         self._running = asyncio.current_task()
         # Cancelled when the box stops; before Python 3.12, asyncio prints the exception.
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, OSError):
             await super().run()
 
     async def protocol_send(self, event: Event) -> None:
         if not isinstance(event, Closed):
-            await super().protocol_send(event)
+            try:
+                await super().protocol_send(event)
+            except ssl.SSLError:  # hypercorn knows those of plain connections only
+                await self.protocol.handle(Closed())
         elif not self._closing:
             self._closing = True
             with contextlib.suppress(NotImplementedError, OSError, RuntimeError):
@@ -69,7 +119,7 @@ class _Connection(tcp_server.TCPServer):
         await self.idle_task.stop()
 
 
-hypercorn_run.TCPServer = _Connection  # type: ignore[attr-defined]
+hypercorn_run.TCPServer = _Connection  # type: ignore[assignment, attr-defined]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -109,7 +159,8 @@ async def serve(
     """
     stopping = asyncio.Event()
     _on_signals(stopping, box)
-    config = HypercornConfig()
+    config = _Config()
+    config.tls = box.tls
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
     config.accesslog = None
     config.errorlog = None
@@ -134,6 +185,8 @@ async def serve(
         await server
     finally:
         await app.state.background.shut_down()
+        await app.state.answers.shut_down()
+        await app.state.idle_work.close()  # answers that end begin some
         app.state.bodies.close()
 
 

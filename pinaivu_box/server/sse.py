@@ -9,21 +9,27 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pinaivu_box.server.chunks import ChunkWriter, chunk_writer
+
 END_OF_EVENT = b"\n\n"
 DONE = b"data: [DONE]" + END_OF_EVENT
 KEEP_ALIVE = b": waiting" + END_OF_EVENT
 KEEP_ALIVE_SECONDS = 5.0
 
+encode_json = msgspec.json.Encoder().encode
 
-def encode_event(data: object, name: str = "") -> bytes:
-    """One event with `data` as JSON, under a `name` if it has one."""
+
+def encode_event(data: object, name: str = "", event_id: str = "") -> bytes:
+    """One event with `data` as JSON, with a `name` and an id if it has them."""
     head = b"event: %b\ndata: " % name.encode() if name else b"data: "
-    return head + msgspec.json.encode(data) + END_OF_EVENT
+    if event_id:
+        head = b"id: %b\n%b" % (event_id.encode(), head)
+    return head + encode_json(data) + END_OF_EVENT
 
 
 def encode_line(data: object) -> bytes:
     """A line of JSON, for a `LineStream`."""
-    return msgspec.json.encode(data) + b"\n"
+    return encode_json(data) + b"\n"
 
 
 class EventStream(Response):
@@ -31,6 +37,7 @@ class EventStream(Response):
 
     Starlette's StreamingResponse is not used, because it cancels the producer when the client
     leaves.  Here `watcher` notices that and tells the request; what is still sent goes nowhere.
+    The producer may also write by itself; see `chunks`.
     """
 
     media_type = "text/event-stream"
@@ -48,9 +55,13 @@ class EventStream(Response):
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
         )
         # A task of its own: a timeout around each chunk would double what a chunk costs.
-        keeper = asyncio.create_task(self._keep_alive(send))
+        writer = chunk_writer(scope)
+        keeper = asyncio.create_task(self._keep_alive(send, writer))
         try:
             async for data in self._chunks:
+                if writer is not None and writer.ready:
+                    writer.write(data)
+                    continue
                 self._sent += 1
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             keeper.cancel()
@@ -59,11 +70,11 @@ class EventStream(Response):
             keeper.cancel()
             self._watcher.cancel()
 
-    async def _keep_alive(self, send: Send) -> None:
+    async def _keep_alive(self, send: Send, writer: ChunkWriter | None) -> None:
         while True:
-            sent_before = self._sent
+            before = self._sent, writer and writer.written
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            if self._sent == sent_before and self.keep_alive:
+            if before == (self._sent, writer and writer.written) and self.keep_alive:
                 data = self.keep_alive
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -22,7 +22,8 @@ _KEY_ID_CHARACTERS = len("key_") + 26
 
 class UsageQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """Days are in UTC, and `end_date` is included.  `account` and `key` are names or ids: an admin
-    key may name any, others their own account and its keys."""
+    key may name any, others their own account and its keys.  The format `csv` is for links, which
+    cannot send an `Accept` header."""
 
     start_date: str | None = None
     end_date: str | None = None
@@ -30,6 +31,7 @@ class UsageQuery(Struct, frozen=True, forbid_unknown_fields=True):
     group_by: str | None = None
     account: str | None = None
     key: str | None = None
+    format: Literal["json", "csv"] = "json"
 
 
 async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Response:
@@ -41,18 +43,21 @@ async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Respon
         end = None if query.end_date is None else parse_day(query.end_date)
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
-    account_id = await _account_id(box, key_of(request), query.account)
+    account = await account_id(box, key_of(request), query.account)
     report = await usage_report(
         box.database,
         box.identity.node_id,
         box.config.pricing.currency,
         columns,
-        account_id=account_id,
-        key_id=None if query.key is None else await key_id(box, query.key, account_id),
+        account_id=account,
+        key_id=None if query.key is None else await key_id(box, query.key, account),
         model=query.model,
         first_day=start,
         last_day=end,
     )
+    if query.format == "csv":
+        headers = {"content-disposition": 'attachment; filename="usage.csv"'}
+        return Response(to_csv(report, columns), headers=headers, media_type="text/csv")
     if "text/csv" in request.headers.get("accept", ""):
         return Response(to_csv(report, columns), media_type="text/csv")
     return report
@@ -70,12 +75,13 @@ def _columns(text: str | None) -> tuple[By, ...]:
     return cast(tuple[By, ...], tuple(names))
 
 
-async def _account_id(box: Box, key: Key, name: str | None) -> str | None:
-    """The account whose usage is wanted; None stands for all.  Raises Forbidden, NotFound."""
+async def account_id(box: Box, key: Key, name: str | None) -> str | None:
+    """The account whose usage or receipts are wanted; None stands for all.  Raises Forbidden,
+    NotFound."""
     if key.admin:
         return None if name is None else (await accounts.find(box.database, name)).id
     if name not in (None, key.account, key.account_id):
-        raise Forbidden(f"This key sees the usage of its own account, {key.account}.")
+        raise Forbidden(f"This key sees its own account, {key.account}, and no other.")
     return key.account_id
 
 

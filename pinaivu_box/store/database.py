@@ -36,6 +36,9 @@ _MAX_WRITES_PER_COMMIT = 256
 _SLOW_SECONDS = 5.0  # of a statement that waits for the lock of another program, or for the disk
 _PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
+_MAX_REWRITTEN_BYTES = 250_000_000  # writers wait meanwhile
+_SCRUB_ATTEMPTS, _SCRUB_PAUSE_SECONDS = 50, 0.1
+_SCRUB_INTERVAL_SECONDS = 600.0  # between two that nobody waits for
 _PROBE: SqlStatement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
 # The errors of SQLite that the next write would have too, whatever it writes.
 _PERSISTENT_ERRORS = {
@@ -65,6 +68,11 @@ class Database:
         self._succeeded_at = self._failed_at = -math.inf
         self._waiting_since: float | None = None  # for the statement that runs
         self._probing: asyncio.Task[None] | None = None
+        self._scrubbing = asyncio.Lock()
+        self._scrubs_begun, self._scrubbed_at = 0, -math.inf
+        self._scrub_wanted = False  # by `scrub_later`
+        self._scrubber: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     async def open(self) -> None:
         """Create the file if it does not exist.  Raises DatabaseUnusable."""
@@ -74,15 +82,20 @@ class Database:
             self._writer = await connections.enter_async_context(_connected(self.path))
             await prepare(self._writer, self.path, self._schema)
             await self._writer.execute("PRAGMA foreign_keys = ON")
+            # What is deleted is overwritten: chats that are gone are gone.
+            await self._writer.execute("PRAGMA secure_delete = ON")
             self._reader = await connections.enter_async_context(_connected(self.path))
             self._scanner = await connections.enter_async_context(_connected(self.path))
             self._connections = connections.pop_all()
         self._committer = asyncio.create_task(self._commit_forever())
 
     async def close(self) -> None:
-        """Write what is waiting, then close."""
+        """Write what is waiting, scrub if that is still to be done, then close."""
         await self._queue.put(None)
         await self._committer
+        self._closing.set()
+        if self._scrubber is not None:
+            await self._scrubber
         await self._connections.aclose()
 
     async def __aenter__(self) -> Database:
@@ -108,6 +121,55 @@ class Database:
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         await self._queue.put((statements, future))
         return await asyncio.shield(future)
+
+    async def scrub(self) -> None:
+        """Leave nothing of what was deleted in the files: the WAL is emptied, and a file that is
+        not large is written anew, since pages keep copies of rows that were moved.
+
+        Another program that reads may prevent it for so long that it is given up.  Those who ask
+        while one runs share the next one.
+        """
+        begun = self._scrubs_begun
+        async with self._scrubbing:
+            if self._scrubs_begun > begun:
+                return
+            self._scrubs_begun += 1
+            try:
+                await self._scrub()
+            finally:
+                self._scrubbed_at = time.monotonic()
+
+    def scrub_later(self) -> None:
+        """`scrub` without waiting for it: writers wait meanwhile, so it is done once in a while,
+        however often it is asked for."""
+        self._scrub_wanted = True
+        if self._scrubber is None or self._scrubber.done():
+            self._scrubber = asyncio.create_task(self._scrub_once_due())
+
+    async def _scrub_once_due(self) -> None:
+        while self._scrub_wanted:
+            pause = self._scrubbed_at + _SCRUB_INTERVAL_SECONDS - time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), max(pause, 0.0))
+            self._scrub_wanted = False
+            try:
+                await self.scrub()
+            except Exception:
+                log.exception("what was deleted may still be in %s", self.path)
+
+    async def _scrub(self) -> None:
+        async with _connected(self.path) as connection:
+            if await _size(connection) <= _MAX_REWRITTEN_BYTES:
+                try:
+                    await connection.execute("VACUUM")
+                except sqlite3.OperationalError as error:  # no room, or locked for too long
+                    log.warning("%s was not written anew: %s", self.path, error)
+            for _ in range(_SCRUB_ATTEMPTS):
+                (row,) = await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+                if not row[0]:
+                    return
+                await asyncio.sleep(_SCRUB_PAUSE_SECONDS)
+        log.warning("the WAL of %s was not emptied: others read it", self.path)
 
     async def why_not_writable(self, within: float) -> str | None:
         """Why nothing can be written now, as the end of a sentence, or None.
@@ -208,6 +270,13 @@ async def _connected(path: Path) -> AsyncIterator[aiosqlite.Connection]:
         except sqlite3.DatabaseError as error:
             raise DatabaseUnusable(f"The database {path} cannot be opened: {error}.") from error
         yield connection
+
+
+async def _size(connection: aiosqlite.Connection) -> int:
+    """Bytes of the file."""
+    ((pages,),) = await connection.execute_fetchall("PRAGMA page_count")
+    ((size,),) = await connection.execute_fetchall("PRAGMA page_size")
+    return int(pages * size)
 
 
 async def _use_wal(connection: aiosqlite.Connection) -> None:

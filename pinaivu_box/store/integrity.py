@@ -59,6 +59,18 @@ def _version(connection: sqlite3.Connection, name: str) -> int:
     return int(version)
 
 
+def without_sessions(path: Path) -> None:
+    """Delete the sessions and one-time links of a copy, that nobody else has: a backup revives none
+    that has ended since.  Raises sqlite3.Error."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")  # no other file beside it
+        connection.execute("PRAGMA secure_delete = ON")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version >= 6:  # which has them
+            for table in ("sessions", "login_links"):
+                connection.execute(f"DELETE FROM {table}")
+
+
 def copy(source: Path, target: Path) -> None:
     """A consistent copy while others write.  Raises sqlite3.Error."""
     with reading(source) as old, contextlib.closing(sqlite3.connect(target)) as new:

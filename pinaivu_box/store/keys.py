@@ -69,6 +69,11 @@ class Key(msgspec.Struct, frozen=True):
         return sum(n for since, n in self.periods.items() if in_period(since, begin, end))
 
     @property
+    def label(self) -> str:
+        """The key in a sentence."""
+        return f"{self.prefix}..." if self.prefix else f"'{self.name}' of {self.account}"
+
+    @property
     def admin(self) -> bool:
         return "admin" in self.policy.scopes
 
@@ -92,6 +97,12 @@ FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 
 _PAGE = "keys.id < ? ORDER BY keys.id DESC LIMIT ?"
 LS = f"SELECT {_COLUMNS} {_FROM} WHERE {_PAGE}"
 LS_OF_ACCOUNT = f"SELECT {_COLUMNS} {_FROM} WHERE keys.account_id = ? AND {_PAGE}"
+_LAST = "\U0010ffff"  # after all that begins with the same text
+# The keys whose name or secret begins so, each by an index.
+BEGINNING = (
+    "keys.id IN (SELECT id FROM keys WHERE name >= ?1 AND name < ?1 || ?2"
+    " UNION SELECT id FROM keys WHERE prefix >= ?1 AND prefix < ?1 || ?2)"
+)
 _NEWER_THAN_ALL = "l"  # ids begin with key_
 _MAX_TEXT_CHARACTERS = 200
 MAX_PERIODS = 32  # of a budget that are kept of a key, beside the present one
@@ -185,20 +196,58 @@ async def find(database: Database, secret: str) -> tuple[Key, bool] | None:
     return (_key(rows[0]), bool(rows[0]["old"])) if rows else None
 
 
-async def exist(database: Database) -> bool:
-    return bool(await database.read("SELECT 1 FROM keys LIMIT 1"))
+async def exist(database: Database, *, beside: str = "") -> bool:
+    """Whether there are keys, `beside` those of that name."""
+    rows = await database.read("SELECT 1 FROM keys WHERE name <> ? LIMIT 1", (beside,))
+    return bool(rows)
 
 
 async def ls(
-    database: Database, account_id: str | None = None, *, after: str | None = None, limit: int = 100
+    database: Database,
+    account_id: str | None = None,
+    *,
+    beginning: str = "",
+    usable: bool = False,
+    after: str | None = None,
+    limit: int = 100,
 ) -> list[Key]:
     """The newest `limit` keys, of an account if one is given, older than the key `after`; newest
-    first."""
+    first.  With a `beginning` only those whose name or secret begins so, and only those that are
+    not revoked with `usable`."""
     page = (after or _NEWER_THAN_ALL, limit)
-    if account_id is None:
+    if beginning or usable:
+        rows = await database.scan(*_selected(account_id, beginning, usable, page))
+    elif account_id is None:
         rows = await database.scan(LS, page)
     else:
         rows = await database.scan(LS_OF_ACCOUNT, (account_id, *page))
+    return [_key(row) for row in rows]
+
+
+def _selected(
+    account_id: str | None, beginning: str, usable: bool, page: tuple[str, int]
+) -> SqlStatement:
+    # A secret that was pasted whole finds its key: its beginning is stored.
+    text = beginning[:_SHOWN_CHARACTERS] if beginning.startswith(PREFIX) else beginning
+    conditions = ["(?3 IS NULL OR keys.account_id = ?3)", *([BEGINNING] if beginning else [])]
+    if usable:
+        conditions.append("keys.revoked_at IS NULL")
+    return (
+        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(conditions)} AND keys.id < ?4"
+        " ORDER BY keys.id DESC LIMIT ?5",
+        (text, _LAST, account_id, *page),
+    )
+
+
+async def with_budget(database: Database, account_id: str, *, used_since: int) -> list[Key]:
+    """The keys of an account that have a budget, without those that are revoked and were not used
+    since then."""
+    rows = await database.scan(
+        f"SELECT {_COLUMNS} {_FROM} WHERE keys.account_id = ?1"
+        " AND keys.policy ->> '$.budget' IS NOT NULL"
+        " AND (keys.revoked_at IS NULL OR keys.last_used_at >= ?2)",
+        (account_id, used_since),
+    )
     return [_key(row) for row in rows]
 
 
@@ -295,9 +344,11 @@ async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tup
     """Give a key a new secret; the present one stays valid for `overlap` seconds, one from before
     that no longer.
 
-    Raises RowConflict if the key is revoked or expired.
+    Raises RowConflict if the key is revoked or expired, or an account's pages key.
     """
     now = now_ms()
+    if not key.prefix:
+        raise RowConflict(f"{key.id} has no secret: it is what the pages of {key.account} use.")
     if key.revoked_at is not None or key.expired(now):
         raise RowConflict(f"{key.id} is {key.state(now)}: a new secret would not work either.")
     secret = generate()
@@ -317,7 +368,15 @@ async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tup
 
 
 async def revoke(database: Database, key: Key, by: Actor) -> Key:
-    """Revoke a key: no request that comes after the commit is served."""
+    """Revoke a key: no request that comes after the commit is served.
+
+    Raises RowConflict for an account's pages key.
+    """
+    if not key.prefix:
+        raise RowConflict(
+            f"{key.id} is what the pages of {key.account} use, and is not revoked: block it, or "
+            "remove the account."
+        )
     now = now_ms()
     await database.write(
         ("UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (now, key.id)),

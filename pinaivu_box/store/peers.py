@@ -117,6 +117,12 @@ async def known(database: Database) -> dict[str, KnownPeer]:
     return {node_id: KnownPeer(name, tuple(json.loads(text))) for node_id, name, text in rows}
 
 
+async def first_links(database: Database) -> dict[str, int]:
+    """When this box had its first link with each peer that it has met, by node id."""
+    rows = await database.read("SELECT node_id, first_seen FROM peers WHERE first_seen IS NOT NULL")
+    return dict(map(tuple, rows))
+
+
 async def record_seen(
     database: Database, addresses_of: Mapping[str, Sequence[str]], *, linked: set[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from ulid import ULID
 
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database, SqlStatement
@@ -75,19 +76,27 @@ async def find_receipt(
 
 
 class ListedReceipt(msgspec.Struct, frozen=True):
-    """A receipt in a list; `key_name` may be empty."""
+    """A receipt in a list; `key_name` may be empty, and so may be `account_name` if the account was
+    erased."""
 
     key_id: str
     key_name: str
+    account_name: str
     signed: bytes
     signature: bytes
 
 
 _AFTER_ALL_IDS = "s"  # ids begin with req_
+_TIME_CHARACTERS = 10  # of a ULID
 
 
 def listing(
-    account_id: str | None, key_id: str | None, model: str | None, after: str | None, limit: int
+    account_id: str | None,
+    key_id: str | None,
+    model: str | None,
+    after: str | None,
+    limit: int,
+    since: int = 0,
 ) -> SqlStatement:
     """The statement that finds a page of receipts, the newest first."""
     conditions: dict[str, str] = {}
@@ -100,11 +109,21 @@ def listing(
         alone = key_id is None and account_id is None
         conditions["model = ?" if alone else "+model = ?"] = model
     conditions["request_id < ?"] = after or _AFTER_ALL_IDS
+    if since:
+        conditions["request_id >= ?"] = id_at(since)
     return (
-        "SELECT key_id, (SELECT name FROM keys WHERE id = key_id) AS key_name, signed, signature"
+        "SELECT key_id, (SELECT name FROM keys WHERE id = key_id) AS key_name,"
+        " coalesce((SELECT name FROM accounts WHERE id = receipts.account_id), '') AS account_name,"
+        " signed, signature"
         f" FROM receipts WHERE {' AND '.join(conditions)} ORDER BY request_id DESC LIMIT ?",
         (*conditions.values(), limit),
     )
+
+
+def id_at(at: int) -> str:
+    """What is before the ids of all requests that came at that time (Unix milliseconds) or later,
+    and after those of earlier ones."""
+    return f"req_{ULID.from_timestamp(max(0, at) / 1000)}".lower()[: len("req_") + _TIME_CHARACTERS]
 
 
 async def list_receipts(
@@ -113,12 +132,16 @@ async def list_receipts(
     account_id: str | None = None,
     key_id: str | None = None,
     model: str | None = None,
+    since: int = 0,
+    until: int | None = None,
     after: str | None = None,
     limit: int = 100,
 ) -> list[ListedReceipt]:
     """The newest `limit` receipts before that of the request `after`, newest first; of an account,
-    a key and a model where they are given."""
-    rows = await database.scan(*listing(account_id, key_id, model, after, limit))
+    a key and a model where they are given, since a time and before `until` (Unix milliseconds)."""
+    if until is not None:
+        after = min(after or _AFTER_ALL_IDS, id_at(until))
+    rows = await database.scan(*listing(account_id, key_id, model, after, limit, since))
     return [ListedReceipt(*row) for row in rows]
 
 

@@ -80,8 +80,12 @@ FAIL_ONE = f"{FAIL_UNFINISHED} AND id = ?3"
 async def insert(
     database: Database, response: StoredResponse, *, max_count: int, max_bytes: int
 ) -> None:
-    """Store a response and delete the key's oldest beyond its limits; it is on disk on return."""
-    sql = f"INSERT INTO responses ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    """Store a response and delete the key's oldest beyond its limits; it is on disk on return.
+    Nothing is stored for an account that was removed."""
+    sql = (
+        f"INSERT INTO responses ({_COLUMNS}) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8"
+        " FROM accounts WHERE id = ?2 AND removed_at IS NULL"
+    )
     statement = sql, msgspec.structs.astuple(response)
     await _write_and_evict(database, statement, response, max_count, max_bytes)
 

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.config import RetentionConfig, parse_duration
+from pinaivu_box.store import incidents, sessions, usage
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
 
@@ -47,6 +48,19 @@ OLD_ROWS = {
     "receipts": _delete("receipts", "rowid", "created_at < ?2"),
     "responses": _delete("responses", "rowid", "created_at < ?2"),
 }
+# Whose age no setting says: statement and milliseconds.  A run is deleted when nothing of it is as
+# young as what is kept.
+OF_FIXED_AGE = (
+    (
+        _delete("incidents", "id", "began_at < ?2 AND ended_at IS NOT NULL"),
+        incidents.KEPT_MS,
+    ),
+    (_delete("runs", "id", "seen_at < ?2"), incidents.KEPT_MS),
+    (
+        _delete("latencies_by_hour", "since, kind, ms", "since < ?2"),
+        usage.LATENCIES_BY_HOUR_KEPT_MS,
+    ),
+)
 NEW_DATES = tuple(
     f"UPDATE {table} SET created_at = ?4 WHERE rowid IN (SELECT rowid FROM {table}"
     " WHERE created_at >= ?2 AND created_at < ?3 LIMIT ?1)"
@@ -76,6 +90,7 @@ async def apply_hourly(database: Database, policy: Callable[[], RetentionConfig]
         try:
             now = await believed(database, now_ms())
             await apply(database, policy(), now)
+            await database.write(*sessions.delete_ended(now))
         except Exception:
             log.exception("old rows could not be deleted, the next hour tries again")
         await asyncio.sleep(_INTERVAL_SECONDS)
@@ -134,6 +149,8 @@ async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
             await _repeat(database, statement, before)
             if table == "requests":
                 await _roll_up(database, before - before % _DAY_MS)
+    for statement, kept_for in OF_FIXED_AGE:
+        await _repeat(database, statement, now - kept_for)
 
 
 async def _roll_up(database: Database, before: int) -> None:

@@ -19,7 +19,166 @@ from pinaivu_box.errors import DatabaseUnusable, SchemaUnsupported
 # "pnvB": tells our files from any other SQLite database.
 APPLICATION_ID = 0x706E7642
 OLDEST_VERSION = 5  # that is still read
-MIGRATIONS: tuple[tuple[str, ...], ...] = ()  # the first: from OLDEST_VERSION to the one after it
+_TO_6 = (  # the pages: sessions, links for logging in, incidents, chats
+    "ALTER TABLE accounts ADD COLUMN pages_key TEXT",
+    """CREATE TABLE sessions (
+        id TEXT PRIMARY KEY,
+        account_id TEXT NOT NULL REFERENCES accounts (id),
+        token_hash BLOB NOT NULL UNIQUE,
+        csrf TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        last_seen INTEGER NOT NULL,
+        address TEXT NOT NULL,
+        user_agent TEXT NOT NULL
+    ) STRICT""",
+    "CREATE INDEX sessions_by_account ON sessions (account_id, created_at)",
+    """CREATE TABLE login_links (
+        id TEXT PRIMARY KEY,
+        token_hash BLOB NOT NULL UNIQUE,
+        account_id TEXT REFERENCES accounts (id),
+        created_by TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL
+    ) STRICT""",
+    """CREATE TABLE incidents (
+        id TEXT PRIMARY KEY,
+        kind TEXT NOT NULL CHECK (kind IN ('engine', 'peer', 'errors')),
+        subject TEXT NOT NULL,
+        began_at INTEGER NOT NULL,
+        ended_at INTEGER,
+        detail TEXT NOT NULL
+    ) STRICT""",
+    "CREATE INDEX incidents_by_time ON incidents (began_at)",
+    """CREATE TABLE runs (
+        id INTEGER PRIMARY KEY,
+        began_at INTEGER NOT NULL,
+        seen_at INTEGER NOT NULL
+    ) STRICT""",
+    """CREATE TABLE latencies_by_hour (
+        since INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        ms INTEGER NOT NULL,
+        count INTEGER NOT NULL,
+        PRIMARY KEY (since, kind, ms)
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TRIGGER requests_are_timed AFTER INSERT ON requests BEGIN
+        INSERT INTO latencies_by_hour
+        SELECT NEW.created_at - NEW.created_at % 3600000, 'ttft', coalesce(
+            (SELECT min(ms) FROM latency_bounds WHERE ms >= NEW.ttft_ms),
+            (SELECT max(ms) FROM latency_bounds)
+        ), 1
+        WHERE NEW.ttft_ms IS NOT NULL
+        ON CONFLICT DO UPDATE SET count = count + 1;
+        INSERT INTO latencies_by_hour
+        SELECT NEW.created_at - NEW.created_at % 3600000, 'total', coalesce(
+            (SELECT min(ms) FROM latency_bounds WHERE ms >= NEW.total_ms),
+            (SELECT max(ms) FROM latency_bounds)
+        ), 1
+        WHERE NEW.total_ms IS NOT NULL
+        ON CONFLICT DO UPDATE SET count = count + 1;
+    END""",
+    """INSERT INTO latencies_by_hour
+    SELECT created_at - created_at % 3600000, kind, coalesce(
+        (SELECT min(ms) FROM latency_bounds WHERE ms >= took),
+        (SELECT max(ms) FROM latency_bounds)
+    ), count(*)
+    FROM (
+        SELECT created_at, 'ttft' AS kind, ttft_ms AS took FROM requests
+        UNION ALL SELECT created_at, 'total', total_ms FROM requests
+    )
+    WHERE took IS NOT NULL AND created_at >= strftime('%s', 'now') * 1000 - 604800000
+    GROUP BY 1, 2, 3""",
+    """CREATE TABLE account_identities (
+        issuer TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        account_id TEXT NOT NULL REFERENCES accounts (id),
+        linked_at INTEGER NOT NULL,
+        PRIMARY KEY (issuer, subject)
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX account_identities_by_account ON account_identities (account_id)",
+    "CREATE INDEX audit_by_target ON audit (target, id)",
+    "CREATE INDEX audit_by_actor ON audit (actor, id)",
+    "DROP TRIGGER audit_is_not_changed",
+    """CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+    WHEN NEW.id IS NOT OLD.id
+      OR NEW.at IS NOT OLD.at
+      OR NEW.actor IS NOT OLD.actor
+      OR NEW.source IS NOT OLD.source
+      OR NEW.action IS NOT OLD.action
+      OR NEW.target IS NOT OLD.target
+      OR NEW.detail IS NOT json_replace(
+          OLD.detail, '$.name', 'erased', '$.account', 'erased',
+          '$.before.name', 'erased', '$.after.name', 'erased'
+      )
+    BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END""",
+    """CREATE TABLE account_secrets (
+        account_id  TEXT NOT NULL REFERENCES accounts (id),
+        kind        TEXT NOT NULL,
+        salt        BLOB NOT NULL,
+        ops_limit   INTEGER NOT NULL,
+        mem_limit   INTEGER NOT NULL,
+        wrapped     BLOB NOT NULL,
+        created_at  INTEGER NOT NULL,
+        PRIMARY KEY (account_id, kind)
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE conversations (
+        id          TEXT PRIMARY KEY,
+        account_id  TEXT NOT NULL REFERENCES accounts (id),
+        created_at  INTEGER NOT NULL,
+        updated_at  INTEGER NOT NULL,
+        sealed      BLOB NOT NULL
+    ) STRICT""",
+    "CREATE INDEX conversations_by_time ON conversations (account_id, updated_at, id)",
+    """CREATE TABLE messages (
+        id               TEXT PRIMARY KEY,
+        conversation_id  TEXT NOT NULL REFERENCES conversations (id),
+        account_id       TEXT NOT NULL REFERENCES accounts (id),
+        parent_id        TEXT,
+        created_at       INTEGER NOT NULL,
+        sealed           BLOB NOT NULL,
+        bytes            INTEGER NOT NULL
+    ) STRICT""",
+    "CREATE INDEX messages_by_conversation ON messages (conversation_id, created_at, id, bytes)",
+    "CREATE INDEX messages_by_account ON messages (account_id)",
+    """CREATE TABLE chat_sums (
+        account_id     TEXT PRIMARY KEY,
+        conversations  INTEGER NOT NULL DEFAULT 0,
+        bytes          INTEGER NOT NULL DEFAULT 0
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TRIGGER conversations_are_counted AFTER INSERT ON conversations BEGIN
+        INSERT INTO chat_sums VALUES (NEW.account_id, 1, 0)
+        ON CONFLICT DO UPDATE SET conversations = conversations + 1;
+    END""",
+    """CREATE TRIGGER conversations_are_discounted AFTER DELETE ON conversations BEGIN
+        UPDATE chat_sums SET conversations = conversations - 1 WHERE account_id = OLD.account_id;
+    END""",
+    """CREATE TRIGGER messages_are_counted AFTER INSERT ON messages BEGIN
+        INSERT INTO chat_sums VALUES (NEW.account_id, 0, NEW.bytes)
+        ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+    END""",
+    """CREATE TRIGGER messages_are_discounted AFTER DELETE ON messages BEGIN
+        UPDATE chat_sums SET bytes = bytes - OLD.bytes WHERE account_id = OLD.account_id;
+    END""",
+    """CREATE TRIGGER messages_are_counted_anew AFTER UPDATE OF bytes ON messages BEGIN
+        UPDATE chat_sums SET bytes = bytes - OLD.bytes + NEW.bytes
+        WHERE account_id = NEW.account_id;
+    END""",
+    """CREATE TABLE memories (
+        id          TEXT PRIMARY KEY,
+        account_id  TEXT NOT NULL REFERENCES accounts (id),
+        created_at  INTEGER NOT NULL,
+        updated_at  INTEGER NOT NULL,
+        sealed      BLOB NOT NULL,
+        vector      BLOB NOT NULL
+    ) STRICT""",
+    "CREATE INDEX memories_by_account ON memories (account_id, created_at)",
+    """CREATE TABLE chat_settings (
+        account_id  TEXT PRIMARY KEY REFERENCES accounts (id),
+        sealed      BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+)
+# The first: from OLDEST_VERSION to the one after it.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6,)
 
 
 class Schema(NamedTuple):

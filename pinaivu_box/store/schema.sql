@@ -10,7 +10,8 @@ CREATE TABLE accounts (
     role        TEXT NOT NULL CHECK (role IN ('admin', 'member')),
     password    TEXT,             -- Argon2id, as crypto_pwhash_str writes it
     created_at  INTEGER NOT NULL,
-    removed_at  INTEGER           -- its keys and their usage are kept
+    removed_at  INTEGER,          -- its keys and their usage are kept
+    pages_key   TEXT              -- the id of the key that its sessions use; NULL before the first
 ) STRICT;
 CREATE UNIQUE INDEX accounts_by_name ON accounts (name) WHERE removed_at IS NULL;
 INSERT INTO accounts (id, name, role, created_at)
@@ -60,6 +61,38 @@ WHEN NEW.spent_since <> OLD.spent_since BEGIN
     );
 END;
 
+CREATE TABLE sessions (
+    id          TEXT PRIMARY KEY,
+    account_id  TEXT NOT NULL REFERENCES accounts (id),
+    token_hash  BLOB NOT NULL UNIQUE,  -- SHA-256 of what the browser's cookie holds
+    csrf        TEXT NOT NULL,         -- what its requests that change something have to send
+    created_at  INTEGER NOT NULL,
+    last_seen   INTEGER NOT NULL,
+    address     TEXT NOT NULL,         -- an IP address
+    user_agent  TEXT NOT NULL
+) STRICT;
+CREATE INDEX sessions_by_account ON sessions (account_id, created_at);
+
+-- One-time links: they set the password of an account, or invite somebody to sign up.
+CREATE TABLE login_links (
+    id          TEXT PRIMARY KEY,
+    token_hash  BLOB NOT NULL UNIQUE,  -- SHA-256 of what the link holds
+    account_id  TEXT REFERENCES accounts (id),  -- NULL: an invitation
+    created_by  TEXT NOT NULL,         -- as the actors of the audit trail
+    created_at  INTEGER NOT NULL,
+    expires_at  INTEGER NOT NULL
+) STRICT;
+
+-- Who at a provider of single sign-on an account belongs to.
+CREATE TABLE account_identities (
+    issuer      TEXT NOT NULL,
+    subject     TEXT NOT NULL,  -- the provider's name for the person, for ever
+    account_id  TEXT NOT NULL REFERENCES accounts (id),
+    linked_at   INTEGER NOT NULL,
+    PRIMARY KEY (issuer, subject)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX account_identities_by_account ON account_identities (account_id);
+
 CREATE TABLE audit (
     id      INTEGER PRIMARY KEY AUTOINCREMENT,
     at      INTEGER NOT NULL,
@@ -69,7 +102,20 @@ CREATE TABLE audit (
     target  TEXT NOT NULL,  -- an id
     detail  TEXT NOT NULL   -- JSON: what was set, never a secret
 ) STRICT;
+CREATE INDEX audit_by_target ON audit (target, id);
+CREATE INDEX audit_by_actor ON audit (actor, id);
+-- An erased account loses its name in it, and nothing else changes (see store/audit.py).
 CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+WHEN NEW.id IS NOT OLD.id
+  OR NEW.at IS NOT OLD.at
+  OR NEW.actor IS NOT OLD.actor
+  OR NEW.source IS NOT OLD.source
+  OR NEW.action IS NOT OLD.action
+  OR NEW.target IS NOT OLD.target
+  OR NEW.detail IS NOT json_replace(
+      OLD.detail, '$.name', 'erased', '$.account', 'erased',
+      '$.before.name', 'erased', '$.after.name', 'erased'
+  )
 BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END;
 CREATE TRIGGER audit_is_not_deleted BEFORE DELETE ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END;
@@ -182,6 +228,15 @@ CREATE TABLE latencies (
     PRIMARY KEY (key_id, since, model, node_id, kind, ms)
 ) STRICT, WITHOUT ROWID;
 
+-- The same of the whole box by the hour.
+CREATE TABLE latencies_by_hour (
+    since  INTEGER NOT NULL,
+    kind   TEXT NOT NULL,
+    ms     INTEGER NOT NULL,
+    count  INTEGER NOT NULL,
+    PRIMARY KEY (since, kind, ms)
+) STRICT, WITHOUT ROWID;
+
 -- A tenth apart, up to an hour.
 CREATE TABLE latency_bounds (ms INTEGER PRIMARY KEY) STRICT;
 INSERT INTO latency_bounds
@@ -285,6 +340,23 @@ CREATE TRIGGER requests_are_counted AFTER INSERT ON requests BEGIN
     ON CONFLICT DO UPDATE SET count = count + 1;
 END;
 
+CREATE TRIGGER requests_are_timed AFTER INSERT ON requests BEGIN
+    INSERT INTO latencies_by_hour
+    SELECT NEW.created_at - NEW.created_at % 3600000, 'ttft', coalesce(
+        (SELECT min(ms) FROM latency_bounds WHERE ms >= NEW.ttft_ms),
+        (SELECT max(ms) FROM latency_bounds)
+    ), 1
+    WHERE NEW.ttft_ms IS NOT NULL
+    ON CONFLICT DO UPDATE SET count = count + 1;
+    INSERT INTO latencies_by_hour
+    SELECT NEW.created_at - NEW.created_at % 3600000, 'total', coalesce(
+        (SELECT min(ms) FROM latency_bounds WHERE ms >= NEW.total_ms),
+        (SELECT max(ms) FROM latency_bounds)
+    ), 1
+    WHERE NEW.total_ms IS NOT NULL
+    ON CONFLICT DO UPDATE SET count = count + 1;
+END;
+
 -- Whoever deletes an hour has added it to its day: rolling up cannot lose sums.
 CREATE TRIGGER usage_go_into_days AFTER DELETE ON usage
 WHEN OLD.since % 86400000 <> 0 BEGIN
@@ -308,6 +380,82 @@ WHEN OLD.since % 86400000 <> 0 BEGIN
     ON CONFLICT DO UPDATE SET count = count + excluded.count;
 END;
 
+-- Chats.  `sealed` and `vector` are encrypted (see pinaivu_box.chats.sealing).
+
+-- What wraps the data key of an account, by kind: password, former (the password before one that was
+-- set without it), passphrase, recovery; or none, with the key itself.
+CREATE TABLE account_secrets (
+    account_id  TEXT NOT NULL REFERENCES accounts (id),
+    kind        TEXT NOT NULL,
+    salt        BLOB NOT NULL,
+    ops_limit   INTEGER NOT NULL,  -- of Argon2id
+    mem_limit   INTEGER NOT NULL,
+    wrapped     BLOB NOT NULL,
+    created_at  INTEGER NOT NULL,
+    PRIMARY KEY (account_id, kind)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE conversations (
+    id          TEXT PRIMARY KEY,
+    account_id  TEXT NOT NULL REFERENCES accounts (id),
+    created_at  INTEGER NOT NULL,
+    updated_at  INTEGER NOT NULL,
+    sealed      BLOB NOT NULL
+) STRICT;
+CREATE INDEX conversations_by_time ON conversations (account_id, updated_at, id);
+
+CREATE TABLE messages (
+    id               TEXT PRIMARY KEY,
+    conversation_id  TEXT NOT NULL REFERENCES conversations (id),
+    account_id       TEXT NOT NULL REFERENCES accounts (id),
+    parent_id        TEXT,  -- NULL: it begins the conversation
+    created_at       INTEGER NOT NULL,
+    sealed           BLOB NOT NULL,
+    bytes            INTEGER NOT NULL  -- of `sealed`
+) STRICT;
+CREATE INDEX messages_by_conversation ON messages (conversation_id, created_at, id, bytes);
+CREATE INDEX messages_by_account ON messages (account_id);
+
+-- What an account has, so that its room is checked without reading all.  Kept by triggers.
+CREATE TABLE chat_sums (
+    account_id     TEXT PRIMARY KEY,
+    conversations  INTEGER NOT NULL DEFAULT 0,
+    bytes          INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER conversations_are_counted AFTER INSERT ON conversations BEGIN
+    INSERT INTO chat_sums VALUES (NEW.account_id, 1, 0)
+    ON CONFLICT DO UPDATE SET conversations = conversations + 1;
+END;
+CREATE TRIGGER conversations_are_discounted AFTER DELETE ON conversations BEGIN
+    UPDATE chat_sums SET conversations = conversations - 1 WHERE account_id = OLD.account_id;
+END;
+CREATE TRIGGER messages_are_counted AFTER INSERT ON messages BEGIN
+    INSERT INTO chat_sums VALUES (NEW.account_id, 0, NEW.bytes)
+    ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+END;
+CREATE TRIGGER messages_are_discounted AFTER DELETE ON messages BEGIN
+    UPDATE chat_sums SET bytes = bytes - OLD.bytes WHERE account_id = OLD.account_id;
+END;
+CREATE TRIGGER messages_are_counted_anew AFTER UPDATE OF bytes ON messages BEGIN
+    UPDATE chat_sums SET bytes = bytes - OLD.bytes + NEW.bytes
+    WHERE account_id = NEW.account_id;
+END;
+
+CREATE TABLE memories (
+    id          TEXT PRIMARY KEY,
+    account_id  TEXT NOT NULL REFERENCES accounts (id),
+    created_at  INTEGER NOT NULL,
+    updated_at  INTEGER NOT NULL,
+    sealed      BLOB NOT NULL,
+    vector      BLOB NOT NULL  -- empty until there is one
+) STRICT;
+CREATE INDEX memories_by_account ON memories (account_id, created_at);
+
+CREATE TABLE chat_settings (
+    account_id  TEXT PRIMARY KEY REFERENCES accounts (id),
+    sealed      BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+
 -- What retention goes by, so that a clock that is wrong for a while deletes nothing: when it looked
 -- last, up to when it trusts the clock, since when it does not, and to when the clock was set back
 -- last.  One row.
@@ -321,6 +469,24 @@ CREATE TABLE clock (
 
 -- Written to find out whether anything can be written.
 CREATE TABLE probe (id INTEGER PRIMARY KEY, filler BLOB NOT NULL) STRICT;
+
+-- What went wrong, and when this box ran; kept for 90 days (store/incidents.py)
+
+CREATE TABLE incidents (
+    id        TEXT PRIMARY KEY,
+    kind      TEXT NOT NULL CHECK (kind IN ('engine', 'peer', 'errors')),
+    subject   TEXT NOT NULL,  -- a model's id, a peer's node id, or nothing
+    began_at  INTEGER NOT NULL,
+    ended_at  INTEGER,        -- NULL: it goes on
+    detail    TEXT NOT NULL
+) STRICT;
+CREATE INDEX incidents_by_time ON incidents (began_at);
+
+CREATE TABLE runs (
+    id        INTEGER PRIMARY KEY,
+    began_at  INTEGER NOT NULL,
+    seen_at   INTEGER NOT NULL  -- it ran at least until then
+) STRICT;
 
 -- Model files
 
@@ -551,4 +717,4 @@ CREATE TRIGGER ledger_statements_are_paid AFTER INSERT ON ledger_paid BEGIN
     WHERE peer = (SELECT peer FROM ledger_statements WHERE id = NEW.statement);
 END;
 
-PRAGMA user_version = 5;
+PRAGMA user_version = 6;

@@ -14,6 +14,8 @@ By = Literal["day", "hour", "account", "key", "model", "node", "peer"]
 BYS: tuple[By, ...] = ("day", "hour", "account", "key", "model", "node", "peer")
 Who = Literal["account", "key"]
 Level = Literal["account", "key", "box"]  # whose sums a row holds, by its `key_id`
+_DAY_MS = 86_400_000
+LATENCIES_BY_HOUR_KEPT_MS = 7 * _DAY_MS
 Labels = tuple[str, ...]  # of a group, in the order of what it is grouped by
 
 _COLUMNS: dict[By, str] = {
@@ -66,13 +68,18 @@ class Sums(msgspec.Struct):
 
 
 async def usage(
-    database: Database, selection: UsageFilter, by: tuple[By, ...], only: list[str] | None = None
+    database: Database,
+    selection: UsageFilter,
+    by: tuple[By, ...],
+    only: list[str] | None = None,
+    *,
+    with_latencies: bool = True,
 ) -> dict[Labels, Sums]:
     """The sums of each group, in the order of their labels; with `only`, of these keys, or of these
     accounts if it is grouped by account and not by key."""
     usage_rows = await database.scan(*summed("usage", selection, by, only))
     latencies: list[Row] = []
-    if "hour" not in by:  # they are kept by day
+    if with_latencies and "hour" not in by:  # they are kept by day
         latencies = await database.scan(*summed("latencies", selection, by, only))
     errors: list[Row] = []
     if not {"node", "peer"} & set(by):  # no box has served a refused request
@@ -100,9 +107,89 @@ def _groups(
     return dict(sorted(groups.items()))
 
 
+async def latencies_by_hour(database: Database, since: int, until: int) -> dict[int, Sums]:
+    """Of the whole box, by the hour's beginning: the times of requests, and nothing else.
+    Retention keeps them for LATENCIES_BY_HOUR_KEPT_MS."""
+    rows = await database.scan(
+        "SELECT since, kind, ms, count FROM latencies_by_hour WHERE since >= ? AND since < ?",
+        (since, until),
+    )
+    return _timed(rows)
+
+
+async def latencies_by_day(database: Database, selection: UsageFilter) -> dict[int, Sums]:
+    """The same by the day's beginning."""
+    where, values = _where(_conditions("latencies", selection, _level("latencies", selection, ())))
+    rows = await database.scan(
+        f"SELECT since, kind, ms, sum(count) AS count FROM latencies{where}"
+        " GROUP BY since, kind, ms",
+        values,
+    )
+    return _timed(rows)
+
+
+async def latencies_of(
+    database: Database, selection: UsageFilter, by: By, ids: list[str]
+) -> dict[str, Sums]:
+    """The times of the requests of these keys, accounts, models or nodes, and nothing else.  They
+    are those of whole days, from the one in which `selection.since` is."""
+    since = selection.since
+    if since is not None:
+        selection = msgspec.structs.replace(selection, since=since - since % _DAY_MS)
+    level = _level("latencies", selection, (by,))
+    label = _label(by, level)
+    if by == "key":  # those of an account are its keys: to look for them would read all of them
+        selection = msgspec.structs.replace(selection, account_id=None)
+    encoded = msgspec.json.encode(ids).decode()
+    among = (f"{label} IN (SELECT value FROM json_each(?))", (encoded,))
+    where, values = _where([among, *_conditions("latencies", selection, level)])
+    rows = await database.scan(
+        f"SELECT {label} AS who, kind, ms, sum(count) AS count FROM latencies{where}"
+        " GROUP BY who, kind, ms",
+        values,
+    )
+    return _timed(rows)
+
+
+def _timed(rows: list[Row]) -> dict[Any, Sums]:
+    """The times in rows of (group, kind, ms, count), by group."""
+    groups: dict[Any, Sums] = {}
+    for group, kind, ms, count in rows:
+        getattr(groups.setdefault(group, Sums()), f"{kind}_ms")[ms] += count
+    return groups
+
+
 async def busiest(database: Database, selection: UsageFilter, kind: Who, limit: int) -> list[str]:
     """The ids of the keys or accounts with the most tokens, '' for requests without a key."""
     return [row[0] for row in await database.scan(*ranked(selection, kind, limit))]
+
+
+async def biggest(
+    database: Database, selection: UsageFilter, kind: Who, limit: int
+) -> list[tuple[str, Sums]]:
+    """The ids of the keys or accounts with the most tokens and their sums, without latencies, the
+    most first; '' for requests without a key."""
+    level: Level = "key" if selection.key_id is not None else kind
+    where, values = _where(_conditions("usage", selection, level))
+    refused, refused_values = _where(_conditions("refusals", selection, "key"))
+    sums = ", ".join(f"sum({name}) AS {name}" for name in _TOTALS)
+    rows = await database.scan(
+        f"SELECT {_label(kind, level)} AS who, {sums} FROM usage{where} GROUP BY who"
+        " ORDER BY sum(prompt_tokens) + sum(completion_tokens) DESC, who LIMIT ?",
+        (*values, limit),
+    )
+    errors = await database.scan(
+        f"SELECT {_label(kind, 'key')} AS who, code, sum(count) AS count FROM refusals{refused}"
+        " GROUP BY who, code ORDER BY count DESC",
+        refused_values,
+    )
+    found = {row["who"]: Sums(**{name: row[name] for name in _TOTALS}) for row in rows}
+    for row in errors:
+        if len(found) < limit:
+            found.setdefault(row["who"], Sums())
+        if row["who"] in found:
+            found[row["who"]].errors[row["code"]] += row["count"]
+    return list(found.items())
 
 
 def ranked(selection: UsageFilter, kind: Who, limit: int) -> SqlStatement:

@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
+from pinaivu_box.engine.chat_template import ChatTemplate, TemplateSetup
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import LoadModel, Sampling
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import Draw, draw_rows
 from pinaivu_box.receipts import commitment

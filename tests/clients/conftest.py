@@ -1,4 +1,4 @@
-"""OpenAI's package for Node, installed once."""
+"""The packages of OpenAI and Ollama for Node, installed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True)
 class NodePackage:
-    """Scripts in `folder` find the package."""
+    """Scripts in `folder` find the packages."""
 
     program: str
     folder: Path
@@ -26,7 +26,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> NodePackage:
     folder = tmp_path_factory.mktemp("node")
     try:
         done = subprocess.run(
-            [npm, "install", "--no-audit", "--no-fund", "openai"],
+            [npm, "install", "--no-audit", "--no-fund", "openai", "ollama"],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -35,5 +35,5 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> NodePackage:
     except subprocess.TimeoutExpired:
         pytest.skip("npm does not come to an end here")
     if done.returncode != 0:
-        pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
+        pytest.skip(f"npm cannot install them here: {done.stderr[-200:]}")
     return NodePackage(program, folder)

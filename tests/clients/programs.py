@@ -266,6 +266,12 @@ def _litellm(session: Session) -> None:
                 raise Failed(f"over {name} it printed: {printed}")
 
 
+def _cliborg(session: Session) -> None:
+    printed = session.shell("Say hello.")
+    if "Answer: Hello!" not in printed:
+        raise Failed(f"it printed: {printed}")
+
+
 PROGRAMS = {
     "claude-code": Program("Claude Code", ["@anthropic-ai/claude-code@2.1.328"], _claude_code),
     "codex": Program("Codex", ["@openai/codex@0.169.0"], _codex),
@@ -289,6 +295,7 @@ PROGRAMS = {
         ["langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-anthropic==1.7.10"],
         _langchain,
     ),
+    "cliborg": Program("cliborg", ["cliborg==0.1.2", "ollama==0.6.3"], _cliborg),
     # Later ones want a package that is not to be had: `litellm-proxy`.
     "litellm": Program("LiteLLM proxy", ["litellm[proxy]==1.106.12"], _litellm),
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,28 +13,12 @@ import pytest
 from tests.clients import page
 from tests.clients.conftest import NodePackage
 from tests.clients.programs import PROGRAMS
-from tests.support.process_box import Box, environment
-
-PYTHON_OF_CLIENTS = Path(sys.prefix) / "clients/bin/python"  # build/test puts it there
+from tests.support.client_programs import PYTHON_OF_CLIENTS, run
+from tests.support.process_box import Box
 
 
 def fenced(title: str, language: str, box: Box) -> str:
     return page.fenced(title, language, box.url, box.key)
-
-
-def run(command: list[str], folder: Path, **more: str) -> str:
-    # Nobody phones home while we look, and nobody's own settings count.
-    quiet = {"HOME": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "*"}
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment(**quiet, **more),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def lines(count: int) -> Callable[[str], bool]:
@@ -75,6 +57,13 @@ PYTHON: dict[str, tuple[str, Callable[[str], bool]]] = {
     "OpenAI Agents SDK": (
         "an agent calls its tool through the Responses API and answers with the result",
         lambda printed: "tool_call_output_item" in printed,
+    ),
+    "Ollama, Python": (
+        "chats, a stream, a schema, vectors, and what there is",
+        lambda printed: (
+            re.search(r"^red=-?\d+ .*\n2 vectors\ngguf \['smollm2:135m'\]$", printed, re.M)
+            is not None
+        ),
     ),
     "Anthropic": (
         "a tool that is required is used, and a stream has text",
@@ -117,9 +106,18 @@ def test_node(box: Box, node: NodePackage) -> None:
     assert printed.rstrip().endswith("UnprocessableEntityError 422")
 
 
+def test_ollama_for_node(box: Box, node: NodePackage) -> None:
+    """It chats, streams, embeds and lists, and an error is of its class."""
+    script = node.folder / "ollama.mjs"
+    script.write_text(fenced("Ollama, Node", "js", box))
+    printed = run([node.program, str(script)], node.folder)
+    assert printed.startswith(("length 8\n", "stop "))
+    assert printed.rstrip().endswith("2 vectors, 1 models\nResponseError 404")
+
+
 def test_every_client_of_the_page_is_run() -> None:
     # What programs sent is replayed in `test_agents`: they take gigabytes.
     programs = {program.title for program in PROGRAMS.values()} | {"What was tested"}
-    assert page.titles() == {*PYTHON, *programs, "llm", "curl", "OpenAI, Node"}
+    assert page.titles() == {*PYTHON, *programs, "llm", "curl", "OpenAI, Node", "Ollama, Node"}
     for program in PROGRAMS.values():
         assert f"| {program.title} | {program.version} |" in page.PAGE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jinja2.defaults import DEFAULT_NAMESPACE
 
-from pinaivu_box.engine.chat_template import CHATML
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.errors import BadRequest
 from tests.support.engine_harness import BUDGET, Engine, Template, TemplatedRunner, add, run
 

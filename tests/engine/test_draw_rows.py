@@ -14,9 +14,9 @@ from pinaivu_box.engine.sampling import (
     PenaltyWindow,
     Sampler,
     draw_rows,
-    gumbel_noise,
     survivors,
 )
+from pinaivu_box.engine.splitmix import gumbel_noise
 from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]

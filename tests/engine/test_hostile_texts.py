@@ -16,6 +16,7 @@ import pytest
 from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
@@ -25,6 +26,7 @@ from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from tests.support.engine_harness import (
     BUDGET,
+    IMAGES,
     EndingRunner,
     Engine,
     Heard,
@@ -65,7 +67,7 @@ class SandboxedDriver(PreparationDriver):
             self.validations.append(pool)
             return pool.run
 
-        sandboxes = Sandboxes(self.templates.run, validation)
+        sandboxes = Sandboxes(self.templates.run, validation, IMAGES)
         super().__init__(RequestPreparer(TemplatedRunner(source), sandboxes, load(drafting=False)))
 
     def close(self) -> None:
@@ -141,7 +143,7 @@ def limited() -> Iterator[Sandboxes]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_sandboxes, "LIMITS", SHORT)
-        yield Sandboxes(pool().run, trials)
+        yield Sandboxes(pool().run, trials, IMAGES)
     for one in pools:
         one.close()
 
@@ -265,7 +267,9 @@ def test_grammars_and_refusals_are_cached_for_their_tenant_alone() -> None:
         return counted
 
     runner = EndingRunner(load(context=600, kv_tokens=6000))
-    engine = Engine(runner, token_budget=BUDGET, sandboxes=Sandboxes(shared.templates, trials))
+    engine = Engine(
+        runner, token_budget=BUDGET, sandboxes=Sandboxes(shared.templates, trials, IMAGES)
+    )
     wrong = Constraint("regex", "(?=a)b")
     adds = [
         add(f"{tenant}{n}", constraint=one, tenant=tenant)
@@ -374,7 +378,9 @@ def test_a_long_prompt_is_rendered_whole() -> None:
     pool = SandboxPool("pinaivu_box.engine.chat_template:make", limits=engine_sandboxes.LIMITS)
     messages = [{"role": "user", "content": "words, " * 7}] * 3000
     try:
-        text = rendered(Sandboxes(pool.run, lambda _: pool.run), None, messages, context=32_768)
+        text = rendered(
+            Sandboxes(pool.run, lambda _: pool.run, IMAGES), CHATML, messages, context=32_768
+        )
     finally:
         pool.close()
     assert text.count("words, ") == 7 * 3000

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from pinaivu_box.engine import llama_runner
 from pinaivu_box.engine.detokenizer import text_of
 from pinaivu_box.engine.llama_runner import LlamaRunner
-from pinaivu_box.engine.messages import Add, Embed
+from pinaivu_box.engine.messages import Embed
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from pinaivu_box.engine.runner import Batch
+from pinaivu_box.engine.pace import Mode, Pace
 from pinaivu_box.models import bundled
-from tests.support.draws import draw
-from tests.support.engine_harness import Engine, Fixed, Heard, Template, add, run, sampling
+from tests.support.engine_harness import Engine, Fixed, Template, add, run, sampling
 from tests.support.gguf_files import with_template, with_word
+from tests.support.real_answers import check_agreement, clear, real_adds
 from tests.support.real_runner import real_runner
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -29,52 +30,6 @@ def llama() -> Iterator[LlamaRunner]:
     runner.close()
 
 
-def real_adds(temperature: float) -> list[Add]:
-    questions = ["Name a colour.", "Count to five.", "Who are you?", "Write a rhyme about rain."]
-    return [
-        add(
-            f"r{n}",
-            f"{questions[n % 4]} Please answer in {n + 3} words.",
-            max_tokens=8,
-            sampling=sampling(temperature, seed=1000 + n),
-            before=[{"role": "system", "content": "Be brief."}],
-        )
-        for n in range(8)
-    ]
-
-
-def clear(llama: LlamaRunner) -> None:
-    """An engine leaves what it has computed to itself, not to the next one on the same runner."""
-    for sequence_id in range(llama.facts.sequence_ids):
-        llama.remove(sequence_id)
-
-
-def check_agreement(llama: LlamaRunner, adds: list[Add], heard: Heard) -> None:
-    """At 90 % of all positions at least, the token is the one that its sequence draws alone.
-
-    Checked by one prefill of prompt and answer with nothing else in the cache: the logits before
-    each position, the recorded seed and that position give the draw.  Kernels for one row and for
-    many round differently, so a close call may go the other way (measured: 3 to 5 % of positions
-    at temperature 0.8 to 1); a mixed-up sequence or a wrong position agrees at a few per cent.
-    """
-    clear(llama)
-    same = total = 0
-    for one in adds:
-        prompt, made = heard.prompts[one.id], heard.tokens[one.id]
-        tokens = np.array(prompt + made, np.int32)
-        outputs = np.zeros(len(tokens), np.int8)
-        outputs[len(prompt) - 1 : -1] = 1
-        positions = np.arange(len(tokens), dtype=np.int32)
-        logits = llama.decode(Batch(tokens, positions, np.zeros_like(positions), outputs))
-        assert len(logits) == len(made)
-        for number, token in enumerate(made):
-            same += draw(logits[number], one.sampling, len(prompt) + number) == token
-            total += 1
-        clear(llama)
-    assert total >= 8 * 4
-    assert same >= 0.9 * total, f"{same} of {total} positions"
-
-
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_real_sequences_draw_the_same_tokens_in_a_batch_and_alone(
     llama: LlamaRunner, temperature: float
@@ -85,6 +40,30 @@ def test_real_sequences_draw_the_same_tokens_in_a_batch_and_alone(
     heard = run(engine, adds)
     assert set(heard.ends) == {one.id for one in adds}
     check_agreement(llama, adds, heard)
+
+
+def test_tokens_are_the_same_however_many_threads_there_are_and_however_they_wait(
+    llama: LlamaRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They change in mid-answer: every way is tried, again and again."""
+    seen: set[Mode] = set()
+    turns = itertools.cycle([Mode(2, patient=False), Mode(1, patient=False), Mode(2, patient=True)])
+
+    class Restless(Pace):
+        def observe(self, tokens: int, seconds: float) -> bool:
+            seen.add(self.mode)
+            self.mode = next(turns)
+            return False
+
+    monkeypatch.setattr(llama_runner, "Pace", Restless)
+    runner = real_runner(threads=2)
+    try:
+        adds = real_adds(0.8)
+        heard = run(Engine(runner, token_budget=256), adds)
+        check_agreement(llama, adds, heard)
+    finally:
+        runner.close()
+    assert len(seen) == 3
 
 
 def test_real_sequences_on_a_tight_cache_are_preempted_and_go_on(llama: LlamaRunner) -> None:

@@ -39,13 +39,12 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ll
 
     def context_params() -> llama.llama_context_params:
         params = usual_params()
-        params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return params
 
     def runner(**sizes: int) -> LlamaRunner:
         given = load(str(file), **{"context": 256, "kv_tokens": 2048, **sizes})
-        given = msgspec.structs.replace(given, threads=1)
+        given = msgspec.structs.replace(given, threads=1, kv_type="f32")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llama, "llama_context_default_params", context_params)
             made.append(LlamaRunner(given))

@@ -111,7 +111,7 @@ def test_one_call_that_was_cut_changes_no_other() -> None:
     first = '{"x": 1}'
     assert writing(ITEMS).render(calling(first, CUT, "")) == f"Do|x=1;|arguments={CUT};|"
     assert writing(EITHER).render(calling(first, CUT, "")) == f"Do|{first}|{CUT}|{{}}"
-    in_words = Template(None).render(calling(first, ""))
+    in_words = Template().render(calling(first, ""))
     assert f'"arguments": {first}}}' in in_words and '"arguments": {}}' in in_words
 
 

@@ -38,9 +38,43 @@ DEFAULTS = st.builds(
 CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
 SIZES = st.integers(0, 2**63)
 SWITCHES = dict.fromkeys(("drafting", "context_shift", "parse_special"), st.booleans())
-PARTS = {"parts": st.lists(TEXT, max_size=3), "model": TEXT}
-LOADS = {name: SIZES for name in LoadModel.__struct_fields__ if name != "path"} | SWITCHES | PARTS
+NAMES = ("model", "template", "projector", "projector_digest")
+PARTS = {"parts": st.lists(TEXT, max_size=3), **dict.fromkeys(NAMES, TEXT)}
+DEVICES = {
+    "devices": st.lists(TEXT, max_size=3),
+    "gpu_layers": st.integers(-1, 500),
+    "split": st.sampled_from(["layer", "tensor", "none"]),
+    "tensor_split": st.lists(FLOATS, max_size=3),
+    "main_device": TEXT,
+    "kv_type": st.sampled_from(["f16", "q8_0"]),
+}
+SAVED = st.builds(messages.SavedPrefixes, folder=TEXT, key=st.binary(max_size=32), max_bytes=SIZES)
+ADAPTERS = st.lists(st.builds(messages.Adapter, TEXT, FLOATS), max_size=2)
+DRAFT = st.builds(
+    messages.DraftFiles, TEXT, SIZES, st.lists(TEXT, max_size=2), model=TEXT, adapters=ADAPTERS
+)
+LOADS: dict[str, st.SearchStrategy[Any]] = {
+    name: SIZES for name in LoadModel.__struct_fields__ if name != "path"
+}
+LOADS |= {**SWITCHES, **PARTS, **DEVICES, "saved": st.none() | SAVED}
+LOADS |= {"exact": st.sampled_from([True, False, "auto"]), "cpu_variant": TEXT}
+LOADS |= {"adapters": ADAPTERS, "draft": st.none() | DRAFT}
 READY = dict.fromkeys(("context", "kv_tokens", "max_sequences"), SIZES)
+MEMORY = st.lists(
+    st.builds(messages.DeviceMemory, TEXT, weights=SIZES, cache=SIZES, compute=SIZES), max_size=3
+)
+SHORTAGE = st.builds(
+    messages.OutOfMemory, TEXT, SIZES, st.sampled_from(["weights", "cache", "compute", ""])
+)
+DEVICE = st.builds(
+    messages.ListedDevice,
+    name=TEXT,
+    description=TEXT,
+    kind=st.sampled_from(["cpu", "gpu", "igpu", "accel"]),
+    pci_id=TEXT,
+    total=SIZES,
+    free=SIZES,
+)
 TO_ENGINE = st.one_of(
     st.builds(LoadModel, path=TEXT, **LOADS),
     st.builds(
@@ -59,10 +93,25 @@ TO_ENGINE = st.one_of(
     ),
     st.builds(messages.Named, texts=st.lists(TEXT, max_size=3)),
     st.builds(Cancel, id=TEXT),
+    st.builds(messages.SavePrefixes),
+    st.builds(messages.ListDevices),
+    st.builds(messages.Probe, load=st.builds(LoadModel, path=TEXT, **LOADS)),
 )
 FROM_ENGINE = st.one_of(
-    st.builds(messages.Ready, build=TEXT, device=TEXT, defaults=DEFAULTS, **READY),
-    st.builds(messages.LoadFailed, message=TEXT),
+    st.builds(messages.Ready, build=TEXT, device=TEXT, defaults=DEFAULTS, memory=MEMORY, **READY),
+    st.builds(messages.LoadFailed, message=TEXT, memory=st.none() | SHORTAGE),
+    st.builds(
+        messages.Devices,
+        devices=st.lists(DEVICE, max_size=3),
+        backends=st.lists(st.builds(messages.Backend, TEXT, SIZES, TEXT, TEXT), max_size=2),
+    ),
+    st.builds(messages.PrefixesSaved, SIZES, SIZES, SIZES),
+    st.builds(
+        messages.Probed,
+        weights=SIZES,
+        cache=SIZES,
+        compute=st.dictionaries(TEXT, SIZES, max_size=3),
+    ),
     st.builds(
         StepFrame,
         prompts=st.dictionaries(TEXT, st.builds(messages.Prompt, tokens=IDS), max_size=2),

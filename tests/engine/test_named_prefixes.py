@@ -11,6 +11,7 @@ import pytest
 from pinaivu_box.engine import named_prefixes
 from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
+from pinaivu_box.engine.own_templates import CHATML
 from tests.support.engine_harness import Template, add, make, run
 
 TEXT = "You are the assistant of ACME.\nNever say 7391-XQ."
@@ -28,7 +29,7 @@ def words(text: str) -> list[int]:
     return [hash(word) for word in text.split(" ")]
 
 
-def template(source: str | None = None) -> Template:
+def template(source: str = CHATML) -> Template:
     return Template(source, bos="<s>", eos="</s>")
 
 

@@ -12,12 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.sampling import (
-    NOISE_SPAN,
-    gumbel_noise,
-    splitmix64,
-    survivors,
-)
+from pinaivu_box.engine.sampling import survivors
+from pinaivu_box.engine.splitmix import NOISE_SPAN, gumbel_noise, splitmix64
 from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]

@@ -45,12 +45,12 @@ def test_a_template_that_knows_tools_gets_them() -> None:
 
 
 def test_a_template_that_knows_none_is_told_in_words() -> None:
-    text = Template(None).render([{"role": "system", "content": "Be kind."}, *HISTORY], [FUNCTION])
+    text = Template().render([{"role": "system", "content": "Be kind."}, *HISTORY], [FUNCTION])
     assert text.count("<|im_start|>system") == 1
     assert "Be kind." in text and json.dumps(FUNCTION) in text
     assert '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>' in text
     assert "<|im_start|>user\n<tool_response>\nDone.\n</tool_response>" in text
-    assert "tool_call>" not in Template(None).render(HISTORY[:1])
+    assert "tool_call>" not in Template().render(HISTORY[:1])
 
 
 STRICT = (

@@ -34,6 +34,7 @@ from pinaivu_box.files.wire import (
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.transport import wire
+from tests.support import tiny_vision
 from tests.support.model_copies import (
     NAME,
     SIZE,
@@ -224,11 +225,18 @@ async def test_a_copy_fails_when_its_only_source_sends_wrong_data(
 async def test_a_silent_one_does_not_hold_up_the_others(
     world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
+    """Patience is short with the silent one alone: an honest one may be as slow as it likes."""
     monkeypatch.setattr(download, "MAX_FAILURES", 1)
-    monkeypatch.setattr(file_wire, "WORKING_SECONDS", 0.2)  # the honest one says that it works
     await world.giver(DATA)
     silent = await world.giver(DATA, Silent)
+    fetch = download._FileDownload._fetch_piece
+
+    async def impatient(self: Any, conversation: Any, source: Any) -> None:
+        if source == silent.source:
+            conversation._receive_seconds = 0.2
+        await fetch(self, conversation, source)
+
+    monkeypatch.setattr(download._FileDownload, "_fetch_piece", impatient)
     done = await soon(world.copy())
     assert done.left_out == {silent.source: "it is silent or too slow"}
 
@@ -425,11 +433,11 @@ async def test_a_source_reports_that_a_hash_is_being_computed(
 ) -> None:
     """Longer than anybody bears silence."""
     monkeypatch.setattr(file_wire, "WORKING_SECONDS", 0.1)
-    monkeypatch.setattr(download, "STALL_SECONDS", 4.0)
+    monkeypatch.setattr(download, "STALL_SECONDS", 10.0)
 
     class SlowHashes(Digests):
         async def hashes(self, model: Any, digest: str) -> bytes:
-            await asyncio.sleep(6)
+            await asyncio.sleep(12)
             return await super().hashes(model, digest)
 
     class Ponders(FileServer):
@@ -502,3 +510,17 @@ async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
             said = read_answer(await soon(streams[number].receive()))
             left -= len(said.data) if isinstance(said, PieceData) else 0
             assert isinstance(said, PieceData | Working)
+
+
+async def test_a_models_projector_comes_with_it(world: CopyNetwork, tmp_path: Path) -> None:
+    """Of two that differ, the one that most sources have; it is there before the model is."""
+    usual = tiny_vision.put(tmp_path / "eye").projector.read_bytes()
+    other = tiny_vision.put(tmp_path / "other").projector.read_bytes() + b"more"
+    for projector in (other, usual, usual):
+        giver = await world.giver(DATA)
+        (giver.folder / f"mmproj-{NAME}.gguf").write_bytes(projector)
+    copy = await world.copy()
+    here = world.target.with_name(f"mmproj-{NAME}.gguf")
+    assert copy.projector == here and here.read_bytes() == usual
+    assert digest_of(world.target.read_bytes()) == DIGEST
+    assert [path.name for path, _, _ in copy.files] == [here.name, world.target.name]

@@ -100,12 +100,12 @@ async def test_a_peer_that_breaks_the_protocol_is_replaced(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     handler, sentence = MANNERS[name]
-    # The honest one is measured by them as well, and says once a second that it lives.
-    monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)
-    monkeypatch.setattr(peers, "ALIVE_SECONDS", 3.0)
+    # The honest one is measured by them as well, however busy the machine is.
+    if name == "no more than a heartbeat":
+        monkeypatch.setattr(peers, "ALIVE_SECONDS", 12.0)
     if name == "deafness":
         monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-        monkeypatch.setattr(rpc, "SEND_SECONDS", 2.0)
+        monkeypatch.setattr(rpc, "SEND_SECONDS", 10.0)
     world.carl.handler = handler
     text = name * 100 if handler is deaf else name
     await right(world, await world.anna.chat(text))
@@ -113,10 +113,7 @@ async def test_a_peer_that_breaks_the_protocol_is_replaced(
     assert sentence in why and why.isprintable(), why
 
 
-async def test_a_box_that_goes_silent_in_mid_stream_is_replaced(
-    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)
+async def test_a_box_that_goes_silent_in_mid_stream_is_replaced(world: ThreeBoxes) -> None:
     world.lie(Violation(last=lambda _: None, proved=lambda _: None))
     await right(world, await world.anna.chat("half"))
     assert "stalled" in await world.why()

@@ -11,7 +11,6 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import Conflict, RateLimited
 from pinaivu_box.gateway.backend import Job
@@ -79,7 +78,7 @@ async def check(admission: LegAdmission, accounts: Accounts) -> None:
 
 
 def job(request_id: str = "req_1", text: str = "Hello", **more: Any) -> Job:
-    model = Model("fake:1", Path("fake:0"), 0, 0, 0, "", cast("Any", None), 0, SamplingConfig())
+    model = Model("fake:1", Path("fake:0"))
     messages = [{"role": "user", "content": text}]
     return Job(request_id, model, messages, SamplingParams(), None, [], PEER, **more)
 

@@ -282,6 +282,23 @@ async def test_a_box_that_was_killed_comes_back_by_itself(group: SiteGroup) -> N
     await asked(three, one)
 
 
+async def test_a_lost_link_is_told_and_that_there_is_one_again(group: SiteGroup) -> None:
+    """What incidents are made of.  A box that shuts down is not lost."""
+    one, two, three = await group.joined("one", "two", "three")
+    told: list[tuple[str, str]] = []
+    one.peer_lost = lambda peer: told.append(("lost", peer))
+    one.peer_is_back = lambda peer: told.append(("back", peer))
+    await group.sites[2].close()
+    await wait_until(lambda: states(one)["three"] != "connected")
+    assert told == []
+    group.net.silence(two.node_id)
+    await wait_until(lambda: ("lost", two.node_id) in told)
+    group.net.hear(two.node_id)
+    await wait_until(lambda: ("back", two.node_id) in told)
+    assert told.index(("lost", two.node_id)) < told.index(("back", two.node_id))
+    assert ("lost", three.node_id) not in told
+
+
 async def test_all_restarted_at_once_find_each_other(group: SiteGroup) -> None:
     await group.joined("one", "two", "three")
     await wait_until(lambda: all(len(site.network._membership.known) == 2 for site in group.sites))

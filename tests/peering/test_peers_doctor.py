@@ -30,6 +30,7 @@ from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.transport.link import LinkView
 
 OFFER = OfferView("m:1", "aa" * 32, 8, 8, 1000, 0, 5, 50, Prices("0", "0"))
+OWN = OwnModel(**msgspec.structs.asdict(OFFER))
 USE = UseView(8, 0, None, 0, None, "0", "idle", ("*",), "", open=True)
 PEER = PeerView(
     id="node_" + "bb" * 32, name="ben", state="connected", why="",
@@ -46,9 +47,8 @@ def using(**fields: Any) -> dict[str, Any]:
 
 
 def own(*addresses: str, relay: str = "none") -> OwnView:
-    models = [OwnModel("m:1", "aa" * 32)]
     return OwnView(
-        "node_" + "aa" * 32, "anna", "net_", "pinaivu 0.1.0", list(addresses), relay, models
+        "node_" + "aa" * 32, "anna", "net_", "pinaivu 0.1.0", list(addresses), relay, [OWN]
     )
 
 

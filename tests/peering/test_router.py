@@ -178,6 +178,19 @@ def test_a_conversation_stays_where_its_cache_is_warm_while_that_can_start() -> 
     assert "node_7" not in {route(crowd, ASK, Random(n)).node_id for n in range(50)}
 
 
+def test_an_exact_answer_goes_on_at_a_box_of_the_same_variant_that_can_start() -> None:
+    crowd = [replace(PEER, node_id=f"node_{n}", cpu_variant="zen4") for n in range(30)]
+    crowd[7] = replace(crowd[7], cpu_variant="haswell", ttft_ms=900.0, cost=4000)
+    home = replace(HOME, cpu_variant="zen4")
+    ask = replace(ASK, exactness="bitwise:haswell llama.cpp 1 f16")
+    assert {route([home, *crowd], ask, Random(n)).node_id for n in range(20)} == {"node_7"}
+    for other in (ASK, replace(ASK, exactness="bitwise:haswellx llama.cpp 1 f16")):
+        assert route([home, *crowd], other, Random(1)).node_id == "node_home"
+    for worse in (loaded(crowd[7], sequences_free=0), replace(crowd[7], gone=True)):
+        crowd[7] = worse
+        assert route([home, *crowd], ask, Random(1)).node_id == "node_home"
+
+
 def test_many_routers_with_one_view_do_not_all_take_the_same_box() -> None:
     crowd = [replace(PEER, node_id=f"node_{n:02}", ttft_ms=100.0 + n) for n in range(20)]
     taken = [route(crowd, ASK, Random(seed)).node_id for seed in range(400)]

@@ -229,6 +229,38 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeB
     )
 
 
+async def test_exactness_is_signed_for_who_reads_it(
+    three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in what the coordinator signs; never for vectors, which depend on others."""
+    (engine,) = three.ben.box.placement.engines
+    exact = "bitwise:haswell llama.cpp 1 f16"
+    ready = msgspec.structs.replace(engine.ready, exactness=exact, cpu_variant="haswell")
+    monkeypatch.setattr(engine, "ready", ready)
+    secret = await three.key("ben")
+    body = {"model": FAKE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    answer = (
+        await three.anna.http("POST", "/v1/chat/completions", json=body, secret=secret)
+    ).json()
+    proof = proof_of(await checked(three, answer))
+    assert (proof["v"], proof["exactness"]) == (4, exact)
+    body = {"model": FAKE, "input": INPUTS}
+    answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
+    assert "exactness" not in proof_of(await checked(three, answer))
+    for version, expected in ((3, (2, None)), (5, (4, exact))):
+        asked = msgspec.structs.replace(ask(three, f"version {version}"), proof=version)
+        stream = await opened(three)
+        await leg_wire.send(stream, asked)
+        (proved,) = [one for one in await heard(stream) if isinstance(one, leg_wire.LegProof)]
+        signed = msgspec.json.decode(proved.signed)
+        assert (signed["v"], signed.get("exactness")) == expected
+        await accept(stream, sign(three, proved))
+    await wait_until(lambda: not three.running)
+    models = (await three.ben.http("GET", "/v1/models")).json()["data"]
+    assert [one.get("exactness") for one in models if one["id"] == FAKE] == [exact]
+    assert three.ben.box.load.cpu_variant() == "haswell"
+
+
 async def test_many_vectors_go_in_several_messages(
     three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -251,8 +252,8 @@ async def test_a_file_that_is_replaced_while_it_is_loaded_is_not_served_as_the_o
     asker, server = pair
     acquire = server.placement.acquire
 
-    async def replaced(model: Model) -> EngineProcess:
-        return await acquire(replace(model, recorded_digest="1" * 64))
+    async def replaced(model: Model, beginning: Any = ()) -> EngineProcess:
+        return await acquire(replace(model, recorded_digest="1" * 64), beginning)
 
     monkeypatch.setattr(server.placement, "acquire", replaced)
     with pytest.raises(NoNodesAvailable, match="another file here"):

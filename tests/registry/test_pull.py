@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import signal
@@ -15,11 +16,12 @@ import pytest
 
 from pinaivu_box.models import bundled
 from pinaivu_box.models.partial_file import PIECE_BYTES
-from tests.support import gguf_files
+from tests.support import gguf_files, tiny_vision
 from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import PINAIVU, Box, environment, wait_until
 from tests.support.registry_server import RegistryServer, registry_server
 
+USER = {"role": "user", "content": "Say hello."}
 SMALL = gguf_files.valid(data=3 * PIECE_BYTES)
 SMALL_DIGEST = hashlib.sha256(SMALL).hexdigest()
 
@@ -40,6 +42,15 @@ def pulling_box(server: RegistryServer, tmp_path: Path) -> Iterator[Box]:
     box.end()
 
 
+def real_weights() -> bytes:
+    """The bundled model's, as another file."""
+    location = bundled.find()
+    assert location is not None
+    with location.path.open("rb") as file:
+        file.seek(location.offset)
+        return file.read(location.size) + bytes(32)
+
+
 def models(box: Box) -> list[str]:
     return [model["id"] for model in box.http("GET", "/v1/models").json()["data"]]
 
@@ -57,11 +68,7 @@ def lines(box: Box, **body: Any) -> list[dict[str, Any]]:
 def test_a_model_that_is_pulled_by_name_answers_with_its_digest_in_the_receipt(
     server: RegistryServer, pulling_box: Box
 ) -> None:
-    location = bundled.find()
-    assert location is not None
-    with location.path.open("rb") as file:
-        file.seek(location.offset)
-        weights = file.read(location.size) + bytes(32)  # another file than the bundled one
+    weights = real_weights()
     digest = server.add_ollama(
         "library/llama3.2:1b", weights, license="Be nice.", params='{"temperature": 0}'
     )
@@ -81,6 +88,90 @@ def test_a_model_that_is_pulled_by_name_answers_with_its_digest_in_the_receipt(
         if entry["action"] == "model.pull"
     ]
     assert entry["detail"]["digest"] == digest
+
+
+def test_the_registrys_stop_strings_end_an_answer_and_its_receipt_says_so(
+    server: RegistryServer, pulling_box: Box, tmp_path: Path
+) -> None:
+    weights = real_weights()
+    server.add_ollama("library/stops:1b", weights, params='{"temperature": 0, "stop": ["e"]}')
+    pull(pulling_box, "stops:1b")
+    body: dict[str, Any] = {"messages": [USER], "model": "stops:1b", "max_tokens": 60}
+    answer = pulling_box.http("POST", "/v1/chat/completions", json=body).json()
+    (choice,) = answer["choices"]
+    assert "e" not in choice["message"]["content"] and choice["finish_reason"] == "stop"
+    (own,) = pulling_box.http(
+        "POST", "/v1/chat/completions", json={**body, "stop": ["zzz"]}
+    ).json()["choices"]
+    assert "e" in own["message"]["content"]  # a request's own take their place
+    message = pulling_box.http("POST", "/v1/messages", json=body).json()
+    assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(body))
+    done = run_command(
+        "receipts", "verify", answer["request_id"], "--request", str(request), home=pulling_box.home
+    )
+    assert "the prompt you gave is" in done.stdout
+
+
+def test_a_model_that_sees_images_comes_and_goes_with_its_projector(
+    server: RegistryServer, pulling_box: Box, tmp_path: Path
+) -> None:
+    files = tiny_vision.put(tmp_path / "eye")
+    projector = files.projector.read_bytes()
+    server.add_ollama("ann/eye:1b", files.model.read_bytes(), projector=projector)
+    pull(pulling_box, "ann/eye:1b")
+    image = base64.b64encode(tiny_vision.image(red=255)).decode()
+    message = {"role": "user", "content": "What is this?", "images": [image]}
+    body: dict[str, Any] = {
+        "model": "ann/eye:1b",
+        "messages": [message],
+        "options": {"num_predict": 2},
+    }
+    done = pulling_box.http("POST", "/api/chat", json={**body, "stream": False})
+    assert done.status_code == 200, done.text
+    assert done.json()["eval_count"] == 2
+    server.ranges.clear()
+    server.add_ollama("ann/twin:1b", files.model.read_bytes(), projector=projector)
+    pull(pulling_box, "ann/twin:1b")
+    assert not any(server.ranges)  # both files are here
+    run_command("rm", "ann/eye:1b", "--yes", home=pulling_box.home)
+    left = [path.name for path in (pulling_box.home / "models").rglob("*") if path.is_file()]
+    assert sorted(left) == ["mmproj-twin:1b.gguf", "twin:1b.gguf", "twin:1b.gguf.json"]
+    body = {**body, "model": "ann/twin:1b", "stream": False}
+    assert pulling_box.http("POST", "/api/chat", json=body).status_code == 200
+
+
+def ollama_lines(box: Box, **body: Any) -> list[dict[str, Any]]:
+    done = box.http("POST", "/api/pull", json=body)
+    assert done.status_code == 200, done.text
+    return [json.loads(line) for line in done.text.splitlines()]
+
+
+def test_ollamas_way_to_pull_has_ollamas_progress(server: RegistryServer, pulling_box: Box) -> None:
+    digest = server.add_ollama("library/tiny:1b", SMALL)
+    first, *middle, last = ollama_lines(pulling_box, model="tiny:1b")
+    assert (first["status"], last["status"]) == ("pulling manifest", "success")
+    (size,) = {line["total"] for line in middle if "total" in line}
+    assert size == len(SMALL) == middle[-1]["completed"]
+    assert middle[-1]["digest"] == f"sha256:{digest}"
+    assert "tiny:1b" in models(pulling_box)
+    done = pulling_box.http("POST", "/api/pull", json={"name": "tiny:1b", "stream": False})
+    assert done.json()["status"] == "success"
+    missing = pulling_box.http("POST", "/api/pull", json={"model": "none:1b"})
+    assert missing.status_code == 409 and "no model none:1b" in missing.json()["error"]
+    server.add_ollama("library/bad:1b", gguf_files.valid(data=PIECE_BYTES))
+    server.faults.wrong_bytes = True
+    assert "another file than" in ollama_lines(pulling_box, model="bad:1b")[-1]["error"]
+    whole = pulling_box.http("POST", "/api/pull", json={"model": "bad:1b", "stream": False})
+    assert whole.status_code == 409 and "another file than" in whole.json()["error"]
+
+
+def test_only_admins_pull(pulling_box: Box) -> None:
+    body = {"account": "owner", "name": "plain"}
+    plain = pulling_box.http("POST", "/v1/admin/keys", json=body).json()["key"]
+    done = pulling_box.http("POST", "/api/pull", key=plain, json={"model": "tiny:1b"})
+    assert done.status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import pytest
 
 from pinaivu_box.config import RegistryConfig
 from pinaivu_box.errors import PullFailed
+from pinaivu_box.models import projectors
+from pinaivu_box.models import record as records
 from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.models.record import ModelParameters
 from pinaivu_box.registry import manifest
@@ -89,11 +91,32 @@ async def test_ollamas_layers_are_files_licence_and_parameters(server: RegistryS
     assert listing.record.parameters == expected
 
 
-async def test_a_model_with_a_projector_or_an_adapter_is_refused(server: RegistryServer) -> None:
-    for kind, word in (("projector", "images"), ("adapter", "LoRA")):
-        server.add_ollama(f"library/{kind}:1b", WEIGHTS, **{kind: b"x" * 10})
-        with pytest.raises(PullFailed, match=word):
-            await look_up(server, f"{kind}:1b")
+async def test_an_adapter_is_refused(server: RegistryServer) -> None:
+    server.add_ollama("library/adapter:1b", WEIGHTS, adapter=b"x" * 10)
+    with pytest.raises(PullFailed, match="LoRA"):
+        await look_up(server, "adapter:1b")
+
+
+async def test_a_projector_comes_with_its_model(server: RegistryServer, tmp_path: Path) -> None:
+    projector = b"GGUF of a projector" * 1000
+    server.add_ollama("library/eye:1b", WEIGHTS, projector=projector)
+    files = {"m-Q8_0.gguf": WEIGHTS, "mmproj-BF16.gguf": b"B", "mmproj-f16.gguf": projector}
+    server.add_hub("ann/eye-GGUF", files)
+    for name in ("eye:1b", "hf.co/ann/eye-GGUF:Q8_0"):
+        pulled = await pull(server, name, tmp_path)
+        assert pulled.size == len(WEIGHTS) + len(projector)
+        (_, _, _), (model, digest, _) = pulled.files
+        assert digest == pulled.digest == DIGEST
+        record = records.read(model)
+        assert record is not None
+        assert model.with_name(record.projector).read_bytes() == projector
+        assert record.projector.startswith("mmproj-")
+
+
+def test_of_several_projectors_the_model_s_own_is_chosen() -> None:
+    names = ["a/mmproj-F16.gguf", "b/mmproj-Q8_0.gguf", "b/m-mmproj-bf16.gguf", "b/m-Q4_0.gguf"]
+    assert projectors.choose(names, "b/m-Q4_0.gguf") == "b/m-mmproj-bf16.gguf"
+    assert projectors.choose(["m-Q4_0.gguf"], "m-Q4_0.gguf") == ""
 
 
 @pytest.mark.parametrize(

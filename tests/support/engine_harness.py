@@ -6,7 +6,9 @@ Nothing here depends on time: `Fixed` stands in for the pace that an engine lear
 from __future__ import annotations
 
 import json
+import queue
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,33 +16,59 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine import chat_template, grammar_validation, messages
+from pinaivu_box.engine import chat_template, grammar_validation, image_decoding, messages
 from pinaivu_box.engine import engine as engines
+from pinaivu_box.engine.drafting import Allowance
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
+from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
 from pinaivu_box.engine.messages import Add, Cancel, Embed, LoadModel, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import OutputBuffer
+from pinaivu_box.engine.own_templates import CHATML
+from pinaivu_box.engine.prefix_store import PrefixStore
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
-from pinaivu_box.engine.step_cost import StepCostModel
+from pinaivu_box.engine.step_cost import ModelDraft, StepCostModel
 
 BUDGET = 32
 MAX_STEPS = 20_000
 
 
 class Fixed(StepCostModel):
-    """Depends on nothing: all that fits of prompts, drafts of one length."""
+    """Depends on nothing: all that fits of prompts, drafts of one length, and drafts of a model of
+    the length `by_model` for all."""
 
-    def __init__(self, draft: int = 0) -> None:
+    def __init__(self, draft: int = 0, by_model: int = 0) -> None:
         super().__init__()
         self.draft = draft
+        self.by_model = by_model
 
     def prompt_budget(self, rows: int, max_tokens: int) -> int:
         return max_tokens
 
     def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int:
         return min(self.draft, max_tokens)
+
+    def knows(self, rows: int) -> bool:
+        return True
+
+    def model_draft(
+        self,
+        rows: int,
+        expected: float,
+        rates: Sequence[float],
+        limits: Sequence[int],
+        draft: StepCostModel,
+    ) -> ModelDraft:
+        return ModelDraft(len(rates) if self.by_model else 0, self.by_model, 1.0)
+
+
+class Unlimited(Allowance):
+    """Whatever the time that drafts take."""
+
+    def add(self, steps: float) -> None:
+        return None
 
 
 NO_DRAFTS = Fixed()
@@ -148,7 +176,7 @@ class StrictRunner(FakeRunner):
             if output:
                 rows.append(self.logits(self.kv.tokens(sequence_id)))
         self.computed += size
-        return np.array(rows, np.float32).reshape(len(rows), N_VOCAB)
+        return np.array(rows, np.float32).reshape(len(rows), self.facts.n_vocab)
 
     def logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
         """Of the token after `cells`."""
@@ -168,6 +196,17 @@ class StrictRunner(FakeRunner):
     def copy(self, source: int, target: int, length: int) -> None:
         assert self.facts.sharing, "the state of a recurrent model cannot be copied"
         self.kv.copy(source, target, length)
+
+    def state(self, sequence_id: int, max_bytes: int) -> memoryview | None:
+        return memoryview(array("i", self.kv.tokens(sequence_id)).tobytes())
+
+    def restore(self, sequence_id: int, state: bytearray) -> bool:
+        tokens = array("i", bytes(state))
+        if self.used + len(tokens) > self._most_cells:
+            return False
+        for position, token in enumerate(tokens):
+            self.kv.append(sequence_id, position, token)
+        return True
 
 
 class EndingRunner(StrictRunner):
@@ -215,9 +254,14 @@ def here(job: Callable[[bytes], bytes]) -> SandboxRun:
     return lambda payload, _: job(payload)
 
 
+IMAGES = here(image_decoding.make(b""))
+
+
 def in_this_process() -> Sandboxes:
     return Sandboxes(
-        here(chat_template.make(b"")), lambda setup: here(grammar_validation.validator(setup))
+        here(chat_template.make(b"")),
+        lambda setup: here(grammar_validation.validator(setup)),
+        IMAGES,
     )
 
 
@@ -226,7 +270,7 @@ class Template(SandboxedTemplate):
 
     def __init__(
         self,
-        source: str | None = None,
+        source: str | None = CHATML,
         *,
         bos: str = "",
         eos: str = "",
@@ -253,7 +297,7 @@ class Template(SandboxedTemplate):
 class Engine:
     """Preparation, engine and output as the worker joins them, without its threads.
 
-    `policy` None leaves the pace that the engine learns.
+    `policy` None leaves the pace that the engine learns.  `draft` is the runner of a draft model.
     """
 
     def __init__(
@@ -265,26 +309,41 @@ class Engine:
         shift: bool = False,
         sandboxes: Sandboxes | None = None,
         parse_special: bool = False,
+        store: PrefixStore | None = None,
+        draft: Runner | None = None,
     ) -> None:
         drafting = policy is None or policy.draft > 0
+        self._encoded: queue.SimpleQueue[ImageEncoded] = queue.SimpleQueue()
         self._preparer = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
             load(drafting=drafting, context_shift=shift, parse_special=parse_special),
         )
-        self._engine = engines.Engine(runner, token_budget=token_budget)
+        images = ImageEncoder(self._preparer.images, self._encoded.put)
+        self._engine = engines.Engine(
+            runner, token_budget=token_budget, images=images, draft=draft, store=store
+        )
+        self.save_prefixes = self._engine.save_prefixes
         self._output = OutputBuffer()
         self._unsaid = False
+        self.images = self._preparer.images
         self.scheduler = self._engine.scheduler
         if policy is not None:
             step_cost: Any = self._engine.step_cost
-            step_cost.prompt_budget, step_cost.draft_length = (
-                policy.prompt_budget,
-                policy.draft_length,
-            )
+            step_cost.prompt_budget = policy.prompt_budget
+            step_cost.draft_length = policy.draft_length
+            step_cost.model_draft = policy.model_draft
+            step_cost.knows = policy.knows
+            drafting_ = self.scheduler.drafting
+            drafting_.for_drafts = drafting_.for_reading = Unlimited()
 
     @property
     def busy(self) -> bool:
+        return bool(self._engine.busy or self._unsaid or self.scheduler)
+
+    @property
+    def computable(self) -> bool:
+        """Whether a step need not wait for an image."""
         return self._engine.busy or self._unsaid
 
     def receive(self, message: Add | Embed | Cancel | Named) -> None:
@@ -304,6 +363,9 @@ class Engine:
             self._engine.add(prepared.sequence)
 
     def step(self) -> StepFrame:
+        """As the worker does: it sleeps if there is nothing to compute before an image is seen."""
+        while not self._encoded.empty() or (not self._engine.busy and self.scheduler):
+            self._engine.encoded(self._encoded.get())
         output = self._engine.step()
         self._engine.check_integrity()
         for stopped in self._output.take(output):
@@ -369,7 +431,12 @@ def finish(engine: Engine, heard: Heard) -> Heard:
 
 
 def make(
-    kind: type[StrictRunner] = StrictRunner, *, draft: int = 0, shift: bool = False, **more: Any
+    kind: type[StrictRunner] = StrictRunner,
+    *,
+    draft: int = 0,
+    shift: bool = False,
+    store: PrefixStore | None = None,
+    **more: Any,
 ) -> tuple[Engine, StrictRunner]:
     """An engine over a strict runner; sizes go to Load, the rest to the runner."""
     ours = ("cells", "no_slot", "can_end", "ids", "sharing")
@@ -377,7 +444,8 @@ def make(
     given_load = load(**more)
     runner = kind(given_load, **options)
     budget = given_load.token_budget
-    return Engine(runner, token_budget=budget, policy=Fixed(draft), shift=shift), runner
+    made = Engine(runner, token_budget=budget, policy=Fixed(draft), shift=shift, store=store)
+    return made, runner
 
 
 def alone(adds: Sequence[Add], **more: Any) -> dict[str, tuple[str, list[int], str]]:

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.config import PeeringConfig, SamplingConfig
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
+from pinaivu_box.engine.chat_template import ChatTemplate, TemplateSetup
 from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults
+from pinaivu_box.engine.own_templates import CHATML
 from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove

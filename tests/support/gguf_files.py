@@ -133,6 +133,21 @@ class Real(NamedTuple):
         return parts
 
 
+def shortened(key: bytes, count: int) -> bytes:
+    """A key with no more values than that, if it is an array."""
+    at, kind = _after_text_and_kind(key, 0)
+    if kind != ARRAY:
+        return key
+    inner, length = map(int, struct.unpack_from("<IQ", key, at))
+    if length <= count:
+        return key
+    head = key[:at] + struct.pack("<IQ", inner, count)
+    begin = end = at + 12
+    for _ in range(count):
+        end = _after_value(key, end, inner)
+    return head + key[begin:end]
+
+
 def part_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05}-of-{count:05}.gguf"
 

@@ -24,6 +24,9 @@ from pinaivu_box.transport.transport import Transport
 from tests.support.fake_model import FAKE
 from tests.support.fake_peer import FakePeer
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
+from tests.support.pages import PASSWORD
+
+_TEST = Actor("test", "local")
 
 
 class InProcessBox:
@@ -34,11 +37,27 @@ class InProcessBox:
         assert box.peer_services is not None and box.network is not None
         self.pool, self.network, self.node_id = box.peer_services, box.network, box.identity.node_id
         self._app = httpx.ASGITransport(create_app(box))
+        self._cookies: dict[str, str] = {}
 
     async def http(self, method: str, path: str, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {more.pop('secret', self.secret)}"}
         async with httpx.AsyncClient(transport=self._app, base_url="http://box", timeout=60) as one:
             return await one.request(method, path, headers=headers, **more)
+
+    async def page(self, path: str) -> str:
+        """A page as its owner sees it, who is an admin."""
+        async with httpx.AsyncClient(transport=self._app, base_url="http://127.0.0.1") as one:
+            if not self._cookies:
+                owner = await accounts.find(self.box.database, "owner")
+                await accounts.set_password(self.box.database, owner, PASSWORD, _TEST)
+                login = {"name": "owner", "password": PASSWORD}
+                answer = await one.post("/v1/session", json=login)
+                assert answer.status_code == 200, answer.text
+                self._cookies = dict(answer.cookies)
+            one.cookies.update(self._cookies)
+            answer = await one.get(path, headers={"accept": "text/html"})
+        assert answer.status_code == 200, answer.text
+        return answer.text
 
     async def chat(
         self, text: str = "Hello", secret: str | None = None, **more: Any
@@ -85,7 +104,7 @@ async def in_process_box(
     with patch.object(IrohTransport, "bind", bind):
         async with open_box(load, home) as box:
             draft = Draft("one", accounts.OWNER, Policy(scopes=SCOPES))
-            _, secret = await create(box.database, draft, Actor("test", "local"))
+            _, secret = await create(box.database, draft, _TEST)
             yield InProcessBox(box, secret)
 
 

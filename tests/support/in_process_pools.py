@@ -40,6 +40,7 @@ from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
+from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 FAKE = "fake:1"
@@ -140,8 +141,9 @@ class PoolNode:
         self.books = Books()
         self.gone = self.silent = False
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
-        self.load = LoadTracker(self.placement, self.settings)
-        self.offers = Offers(self.settings, self.load, _digest, lambda: False)
+        self.load = LoadTracker(self.placement)
+        self.upstreams = Upstreams(self.settings, self.node_id)
+        self.offers = Offers(self.settings, self.load, _digest, lambda: False, self.upstreams)
         self.pool = PeerServices(
             self.identity,
             self.settings,
@@ -152,6 +154,7 @@ class PoolNode:
             self.books.policy,
             self.books,  # type: ignore[arg-type]
             self._writable,
+            self.upstreams,
         )
         everybody[self.node_id] = self
 
@@ -230,7 +233,9 @@ def config(*models: str, engine: dict[str, Any] | None = None, **peering: Any) -
     return Config(
         engine=EngineConfig(context=2048, **(engine or {})),
         peering=PeeringConfig(enabled=True, **peering),
-        model=[ModelConfig(name, f"fake:{ms}") for name, ms in (m.split("=") for m in models)],
+        model=[
+            ModelConfig(name=name, path=f"fake:{ms}") for name, ms in (m.split("=") for m in models)
+        ],
     )
 
 

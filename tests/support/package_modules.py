@@ -8,7 +8,12 @@ from tests.support.paths import ROOT
 
 PACKAGE = "pinaivu_box"
 # Library -> what the names of modules begin with that may import it.
-ONLY_IN = {"llama_cpp": "engine.llama_", "iroh": "transport.iroh_", "zeroconf": "transport.lan"}
+ONLY_IN = {
+    "llama_cpp": "engine.llama_",
+    "iroh": "transport.iroh_",
+    "pynvml": "nvml",
+    "zeroconf": "transport.lan",
+}
 
 
 def modules() -> dict[str, Path]:

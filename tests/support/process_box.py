@@ -21,6 +21,8 @@ from typing import Any, Protocol, Self
 import httpx
 import openai
 
+from pinaivu_box.tls.pinned import context_for
+
 MODEL = "smollm2:135m"
 START_SECONDS = 180.0
 # A token a step: with drafts `fake:20` says 4,000 tokens in two seconds instead of eighty.
@@ -169,9 +171,18 @@ class Box:
         base_url = f"{self.url}/v1"
         if (base_url, key) not in self._clients:
             self._clients[base_url, key] = openai.OpenAI(
-                base_url=base_url, api_key=key, max_retries=0, timeout=300
+                base_url=base_url,
+                api_key=key,
+                max_retries=0,
+                timeout=300,
+                http_client=self._http_client(),
             )
         return self._clients[base_url, key]
+
+    def _http_client(self) -> Any:
+        """One that trusts the box's certificate; None over plain HTTP."""
+        context = context_for(self.home, self.url)
+        return openai.DefaultHttpxClient(verify=context) if context else None
 
     def http(
         self, method: str, path: str, *, key: str | None = None, **more: Any
@@ -181,7 +192,13 @@ class Box:
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         headers |= more.pop("headers", {})
         return httpx.request(
-            method, self.url + path, headers=headers, timeout=300, trust_env=False, **more
+            method,
+            self.url + path,
+            headers=headers,
+            timeout=300,
+            trust_env=False,
+            verify=context_for(self.home, self.url),
+            **more,
         )
 
     def chat(self, text: str = "Say hello.", **more: Any) -> httpx.Response:

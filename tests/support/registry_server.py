@@ -12,14 +12,16 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL_LAYER = "application/vnd.ollama.image.model"
+CONFIGURATION = "application/vnd.docker.container.image.v1+json"
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 
 
@@ -46,11 +48,14 @@ class RegistryServer:
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[str, dict[str, Any]] = {}
         self.repositories: dict[str, dict[str, Any]] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+        self.searches: list[dict[str, list[str]]] = []  # what was asked for
         self.faults = Faults()
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
         self.credentials: list[tuple[str, str]] = []  # path and Authorization
         self.lock = threading.Lock()
+        self.before_file: Callable[[], None] | None = None  # called before a file is sent
         server = self
 
         class Handler(_Handler):
@@ -87,6 +92,22 @@ class RegistryServer:
         self.manifests[name] = {"schemaVersion": 2, "mediaType": MANIFEST, "layers": described}
         return hashlib.sha256(weights).hexdigest()
 
+    def add_image(
+        self, name: str, layers: Sequence[tuple[str, bytes]], configuration: bytes = b"{}"
+    ) -> None:
+        """`name` as `library/llama3.2:1b`; `layers` are media types and contents."""
+
+        def described(kind: str, data: bytes) -> dict[str, Any]:
+            digest = f"sha256:{self.add_blob(data)}"
+            return {"mediaType": kind, "digest": digest, "size": len(data)}
+
+        self.manifests[name] = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": described(CONFIGURATION, configuration),
+            "layers": [described(kind, data) for kind, data in layers],
+        }
+
     def add_hub(self, repository: str, files: dict[str, bytes], **card: Any) -> None:
         siblings = [
             {
@@ -99,6 +120,10 @@ class RegistryServer:
             "sha": COMMIT, "siblings": [{"rfilename": "README.md"}, *siblings], "cardData": card,
         }  # fmt: skip
 
+    def add_found(self, name: str, **fields: Any) -> None:
+        """What a search of the Hub finds; `fields` as in its answers."""
+        self.found[name] = fields
+
 
 class _Handler(BaseHTTPRequestHandler):
     registry: RegistryServer
@@ -106,6 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def handle_one_request(self) -> None:
+        with suppress(ConnectionError):  # clients leave as they like
+            super().handle_one_request()
 
     def do_GET(self) -> None:
         registry, path = self.registry, self.path.partition("?")[0]
@@ -122,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(registry.manifests.get(f"{match[1]}:{match[2]}"))
         if match := re.fullmatch(r"/v2/.+/blobs/sha256:(.+)", path):
             return self._redirect(match[1])
+        if path == "/api/models":
+            return self._search()
         if match := re.fullmatch(r"/api/models/(.+)", path):
             return self._json(registry.repositories.get(match[1]))
         if match := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
@@ -151,15 +182,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def _search(self) -> None:
+        query = parse_qs(self.path.partition("?")[2])
+        self.registry.searches.append(query)
+        words = query["search"][0].lower().split()
+        found = self.registry.found.items()
+        self._json([
+            {"_id": "6581", "id": name, **fields}
+            for name, fields in found
+            if all(word in name.lower() for word in words)
+        ][: int(query["limit"][0])])  # fmt: skip
+
     def _json(self, content: Any) -> None:
-        data = json.dumps(content or {"errors": [{"code": "MANIFEST_UNKNOWN"}]}).encode()
-        self.send_response(200 if content else 404)
+        known = content is not None
+        data = json.dumps(content if known else {"errors": [{"code": "MANIFEST_UNKNOWN"}]}).encode()
+        self.send_response(200 if known else 404)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def _file(self, data: bytes) -> None:
+        if self.registry.before_file is not None:
+            self.registry.before_file()
         faults = self.registry.faults
         with self.registry.lock:
             status = faults.statuses.pop(0) if faults.statuses else 0

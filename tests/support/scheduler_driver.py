@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pinaivu_box.engine.batch_chunk import BatchChunk
 from pinaivu_box.engine.fairness import State
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.ngram_drafter import NgramDrafter
 from pinaivu_box.engine.prefix_cache import PrefixScope
-from pinaivu_box.engine.scheduler import BatchChunk, Scheduler
+from pinaivu_box.engine.scheduler import Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import Fixed, KVCells
 

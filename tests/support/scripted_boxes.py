@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Destination
 from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.keys import known_identity
 from tests.support.records import offer
 
@@ -61,15 +62,15 @@ class ScriptedLeg:
     def cancel(self) -> None:
         self.cancelled.set()
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def run(self, take: Callable[[Event], None]) -> None:
         record = None
         try:
             async for event in self.box.script_of(self)(self):
                 if self.box.peer:
                     record = self._record(record, event)
                     if isinstance(event, Output) and event.finish_reason and record is not None:
-                        yield self._proved(record)
-                yield event
+                        take(self._proved(record))
+                take(event)
         finally:
             self.ended.set()
 
@@ -256,9 +257,7 @@ class Ledger:
 
 
 def job(**more: Any) -> Job:
-    model = Model(
-        MODEL, Path("fake:0"), 0, 0, 0, "", cast("Any", None), 0, SamplingConfig(), DIGEST
-    )
+    model = Model(MODEL, Path("fake:0"), recorded_digest=DIGEST)
     base = Job(
         request_id=f"req_{ULID()}".lower(),
         model=model,
@@ -321,18 +320,24 @@ class Network:
     ) -> None:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
-        placement: Any = SimpleNamespace(engines=[], failing=lambda model: None, digest_of=_digest)
+        placement: Any = SimpleNamespace(
+            failing=lambda model: None,
+            digest_of=_digest,
+            replicas=lambda model_id: [],
+            engines=(),
+            places=lambda model_id: Config().engine.max_sequences,
+        )
         pricing = PricingConfig(per_1k_tokens=Prices("0.001", "0.002"))
         peering = PeeringConfig(
             **{"policy": "cheapest", "hedge_ms": round(hedge * 1000), **routing}
         )
         settings = LiveSettings(Settings(Config(pricing=pricing, peering=peering)))
-        self.load = LoadTracker(placement, settings)
+        self.load = LoadTracker(placement)
         self.reputation = Reputation(lambda: 0.0)
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, settings, self.load, placement, self._peers, _ask_loads, self.breaker,
-            self.reputation, _no_debts,
+            self.reputation, _no_debts, Upstreams(settings, OWN.node_id),
         )  # fmt: skip
         local: Any = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
@@ -363,7 +368,7 @@ def _seen(box: ScriptedBox) -> Any:
     price = f"0.0{number:02}"
     offered = offer(MODEL, digest=bytes.fromhex(DIGEST), prices=(price, price, price))
     models = _OFFERS.setdefault(box.name, (offered,))
-    advert = SimpleNamespace(models=models, currency="credits", draining=False)
+    advert = SimpleNamespace(models=models, currency="credits", draining=False, cpu_variant="")
     return SimpleNamespace(
         node_id=box.node_id, name=box.name, state="connected", advert=advert, advert_at=0.0,
         loads={}, route=None, gone=False,

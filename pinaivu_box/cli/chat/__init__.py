@@ -1,0 +1,1 @@
+"""Chats in the terminal (`pinaivu run`)."""

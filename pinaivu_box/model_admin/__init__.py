@@ -1,0 +1,1 @@
+"""What operators do with the models of a running box, whichever way they ask for it."""

@@ -1,0 +1,125 @@
+"""Asks models about chats while the box has nothing else to do: for facts about users, for titles.
+
+One question at a time, by a request of the account's pages key, to the model that answered, if it
+is loaded here.  It runs only while no other request does, and is stopped as soon as one comes; and
+only while a session of the account holds the key of its chats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+
+from pinaivu_box.box import Box
+from pinaivu_box.chats.sealing import RowSealer
+from pinaivu_box.errors import BoxError
+from pinaivu_box.gateway.admission import refusal
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.server import own_requests
+from pinaivu_box.store import keys
+from pinaivu_box.store.keys import Key
+
+log = logging.getLogger("pinaivu.idle")
+
+_MAX_WAITING = 100  # beyond that the oldest are dropped
+_MAX_ATTEMPTS = 5  # of one that others interrupt
+_IDLE_SECONDS = 1.0  # without a request before one begins
+_LOOK_SECONDS = 0.1
+
+
+class IdleQuestion(Protocol):
+    """A question about something of a session's account to the model of that name."""
+
+    @property
+    def key_id(self) -> str: ...
+
+    @property
+    def session_id(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    async def asks(self, box: Box, sealer: RowSealer) -> dict[str, Any] | None:
+        """The fields of a Job, or None if there is nothing to ask any more."""
+
+    async def take(self, box: Box, sealer: RowSealer, answer: str) -> None:
+        """Store what the answer is good for."""
+
+
+class _Waiting(NamedTuple):
+    question: IdleQuestion
+    attempts: int = 0
+
+
+class IdleWork:
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        self._waiting: deque[_Waiting] = deque(maxlen=_MAX_WAITING)
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, question: IdleQuestion) -> None:
+        """Ask it once there is time."""
+        self._waiting.append(_Waiting(question))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while self._waiting:
+            await self._idle()
+            question, attempts = self._waiting.popleft()
+            try:
+                if not await self._ask(question) and attempts + 1 < _MAX_ATTEMPTS:
+                    self._waiting.append(_Waiting(question, attempts + 1))
+            except BoxError as error:
+                log.info("a question in idle time had no answer: %s", error)
+            except Exception:
+                log.exception("a question in idle time failed")
+
+    async def _idle(self) -> None:
+        """Returns once there was nothing to do for a while."""
+        quiet = 0.0
+        while quiet < _IDLE_SECONDS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            quiet = 0.0 if self._box.requests.count else quiet + _LOOK_SECONDS
+
+    async def _ask(self, question: IdleQuestion) -> bool:
+        """False if another request has interrupted it."""
+        box = self._box
+        data_key = box.session_keys.get(question.session_id)
+        key = await keys.get(box.database, question.key_id)
+        model = box.catalog.get(question.model)
+        if data_key is None or model is None or not self._may_run(key, model):
+            return True
+        sealer = RowSealer(key.account_id, data_key)
+        if (fields := await question.asks(box, sealer)) is None:
+            return True
+        asking = asyncio.create_task(
+            own_requests.text(box, key, model, template={"enable_thinking": False}, **fields)
+        )
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=_LOOK_SECONDS)
+                if box.requests.count > 1:
+                    return False
+            answer = asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        if box.session_keys.get(question.session_id) is not None:  # not logged out meanwhile
+            await question.take(box, sealer, answer)
+        return True
+
+    def _may_run(self, key: Key, model: Model) -> bool:
+        return (
+            refusal(key) is None
+            and not self._box.admission.draining
+            and model.id in self._box.placement.loaded
+            and key.policy.serves(model.id)
+        )

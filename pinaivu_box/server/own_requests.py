@@ -1,0 +1,75 @@
+"""Requests that the box makes for an account without being asked: they are metered, limited and
+receipted as any of the key's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pinaivu_box.box import Box
+from pinaivu_box.engine.messages import Output, SamplingParams
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.openai.reader import Text
+from pinaivu_box.server.access_log import new_request_id
+from pinaivu_box.server.inference import reader_of
+from pinaivu_box.store.keys import Key
+
+_LOWEST_PRIORITY = -100  # among the key's own
+
+
+async def vectors(box: Box, key: Key, model: Model, texts: list[str]) -> list[bytes]:
+    """The vectors of the texts (little-endian floats of 32 bits).  Raises ApiError."""
+    job = _job(model, key, inputs=list(texts))
+    found: list[bytes] = []
+    running = box.requests.start(await box.admission.admit(key, [job]))
+    try:
+        while True:
+            for event in await running.events.take():
+                match event:
+                    case Output():
+                        found += event.vectors
+                    case Failed(error):
+                        raise error
+                    case Finished():
+                        return found
+    except BaseException:
+        running.cancel()
+        raise
+
+
+async def text(box: Box, key: Key, model: Model, **fields: Any) -> str:
+    """The answer to a chat, without thoughts; `fields` are those of a Job.  Raises ApiError.
+
+    It comes after all other requests of the key; if the caller is cancelled it is stopped.
+    """
+    job = _job(model, key, priority=_LOWEST_PRIORITY, **fields)
+    running = box.requests.start(await box.admission.admit(key, [job.with_usual_stop()]))
+    reader, parts = None, []
+    try:
+        while True:
+            for event in await running.events.take():
+                match event:
+                    case ChoiceStarted():
+                        reader = reader_of(job, event)
+                    case Output() if reader is not None:
+                        pieces = reader.read(event)
+                        parts += [piece.text for piece in pieces if isinstance(piece, Text)]
+                    case Failed(error):
+                        raise error
+                    case Finished():
+                        return "".join(parts)
+    except BaseException:
+        running.cancel()
+        raise
+
+
+def _job(model: Model, key: Key, **fields: Any) -> Job:
+    defaults: dict[str, Any] = {"messages": [], "max_tokens": None, "stop": []}
+    return Job(
+        request_id=new_request_id(),
+        model=model,
+        sampling=SamplingParams(seed=0, temperature=0.0),
+        tenant=key.id,
+        **{**defaults, **fields},
+    )

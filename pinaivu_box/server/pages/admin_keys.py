@@ -1,0 +1,57 @@
+"""`/admin/keys`: the API keys of all accounts."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from pinaivu_box.config import RoutingPolicy
+from pinaivu_box.policy import LOCAL_ONLY, SCOPES
+from pinaivu_box.server import admin_keys
+from pinaivu_box.server.admin_keys import KeyQuery
+from pinaivu_box.server.pages.admin_page import admin_page, filtered
+from pinaivu_box.server.pages.shown import query_of
+from pinaivu_box.server.sessions import require_admin
+
+_PAGE = 40
+_MAX_QUERY = 200
+
+
+class KeysQuery(Struct, frozen=True):
+    """`q`: the beginning of names or secrets; `show`: all, or only those that are not revoked."""
+
+    account: str = ""
+    q: str = ""
+    show: str = ""
+    after: str = ""
+
+
+async def keys(request: Request, query: KeysQuery) -> HTMLResponse:
+    require_admin(request)
+    every = query.show == "all"
+    wanted = KeyQuery(
+        limit=_PAGE,
+        after=query.after,
+        account=query.account,
+        q=query.q[:_MAX_QUERY],
+        usable=not every,
+    )
+    listed, problem = await filtered(admin_keys.list_keys(request, wanted))
+    found = listed.data if listed else []
+    same = {"account": query.account, "q": query.q, "show": query.show}
+    return admin_page(
+        request,
+        "keys.html",
+        keys=found,
+        problem=problem,
+        query=query,
+        every=every,
+        filtered=bool(query.q or query.account),
+        older=query_of(**same, after=found[-1].id) if listed and listed.has_more else "",
+        newest=query_of(**same) or "?" if query.after else "",
+        scopes=(*SCOPES, LOCAL_ONLY),
+        routing=get_args(RoutingPolicy),
+    )

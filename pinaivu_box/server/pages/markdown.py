@@ -1,0 +1,325 @@
+"""Markdown as HTML that a page may insert as it is, whole or while it is still being written.
+
+`BlockRenderer` takes text as it comes.  A block that has ended is rendered once; the open one is
+rendered again when asked, or grows by plain text, so the work is linear in the text.  Raw HTML is
+shown as text, and addresses are http, https or mailto.  Images are links with their address: they
+would tell others who reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from typing import Any
+from urllib.parse import urlsplit
+
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
+from msgspec import Struct
+
+from pinaivu_box.server.pages.blocks import LONGEST, Block, Splitter
+from pinaivu_box.server.pages.code_colours import coloured, plain
+from pinaivu_box.server.pages.visible import visible_in_prose, visible_text
+
+MAX_LINE_CHARACTERS = 100_000  # what is longer is cut
+MAX_CHARACTERS = 1_000_000  # of one text; the rest is left out, and that is said
+_MAX_MARKS = (
+    2_000  # characters with a meaning in one block: the parser's time grows with their square
+)
+_MAX_NESTING = 12
+_SCHEMES = ("http", "https", "mailto")
+_REL = "noopener noreferrer nofollow"
+_ADDRESS = re.compile(r"https?://[^\s<>\"'`\\^{}|]{3,2000}", re.IGNORECASE)
+_AFTER_ADDRESS = ".,:;!?*_~"
+_MARKS = re.compile(r"[\[\]*_`~<&!\\|]")
+# The last line so far may become something else: an underline, a rule, an item, a fence.
+_MAX_UNDECIDED_CHARACTERS = 100
+_UNDECIDED_LINE = re.compile(
+    r"[ \t]*(?:[-=*_#>+~`|: \t]+|[0-9]{1,9}[.)]?[ \t]*|[-*+>][ \t]+\[[ xX]?\]?)"
+)
+_PLAIN_TEXT = re.compile(r"[^\n\[\]*_`~<>&!\\|#@/:]*")
+_TOO_LONG = '<p class="muted">The rest is not shown: the text is too long for a page.</p>'
+
+
+class Update(Struct, frozen=True, omit_defaults=True):
+    """What has changed.  `done`: blocks that never change again, which take the open block's place.
+    `open`: the open block as it is now.  `append`: text to add to the end of the open block."""
+
+    done: list[str] = []
+    open: str | None = None
+    append: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.done or self.open is not None or self.append)
+
+
+class BlockRenderer:
+    """One text that grows."""
+
+    def __init__(self) -> None:
+        self._splitter = Splitter()
+        self._partial: list[str] = []  # pieces of the last line, which has no end yet
+        self._partial_size = 0
+        self._done: list[str] = []  # since the last update
+        self._left = MAX_CHARACTERS
+        self._shown: tuple[str, object] | None = None  # of the open block: its text and what it is
+        self._shown_lines = 0  # of an open fence
+
+    def feed(self, text: str) -> None:
+        if not self._left:
+            return
+        text = text.replace("\r", "").replace("\x00", "\ufffd")[: self._left]
+        self._left -= len(text)
+        first, *rest = text.split("\n")
+        self._add_to_line(first)
+        for line in rest:
+            self._end_line()
+            self._add_to_line(line)
+        if not self._left:
+            self._end_text()
+            self._done.append(_TOO_LONG)
+
+    def update(self) -> Update:
+        """What has changed since the last update."""
+        done, self._done = self._done, []
+        if done:
+            self._shown, self._shown_lines = None, 0
+        if self._splitter.fence is not None:
+            shown, append = self._open_fence()
+        else:
+            shown, append = self._open_text()
+        if done and shown is None:
+            shown = ""
+        return Update(done, shown, append)
+
+    def finish(self) -> Update:
+        """The text ends here."""
+        self._end_text()
+        done, self._done = self._done, []
+        return Update(done, "")
+
+    def _add_to_line(self, text: str) -> None:
+        while (room := MAX_LINE_CHARACTERS - self._partial_size) < len(text):
+            self._partial.append(text[:room])
+            self._end_line()
+            text = text[room:]
+        self._partial.append(text)
+        self._partial_size += len(text)
+
+    def _end_line(self) -> None:
+        line = "".join(self._partial)
+        self._partial, self._partial_size = [], 0
+        self._done += [_render(block) for block in self._splitter.add(line)]
+
+    def _end_text(self) -> None:
+        self._end_line()
+        self._done += [_render(block) for block in self._splitter.end()]
+
+    def _open_fence(self) -> tuple[str | None, str]:
+        fence = self._splitter.fence
+        assert fence is not None
+        partial = "".join(self._partial)
+        if fence.might_close(partial):
+            partial = ""
+        new = fence.lines[self._shown_lines :]
+        if self._shown is None or self._shown[1] is not fence:
+            self._shown, self._shown_lines = ("", fence), 0
+            opened: str | None = _code("", fence.language)
+            new = fence.lines
+        else:
+            opened = None
+        self._shown_lines = len(fence.lines)
+        text = "".join(f"{line}\n" for line in new) + fence.without_indent(partial)
+        already = self._shown[0]
+        self._shown = (fence.without_indent(partial), fence)
+        return opened, visible_text(text.removeprefix(already))
+
+    def _open_text(self) -> tuple[str | None, str]:
+        partial = "".join(self._partial).rstrip(" ")  # a space at the end is not rendered
+        if len(partial) < _MAX_UNDECIDED_CHARACTERS and _UNDECIDED_LINE.fullmatch(partial):
+            partial = ""
+        lines = self._splitter.lines
+        text = "\n".join([*lines, partial] if partial else lines)
+        shown = self._shown[0] if self._shown is not None else ""
+        if shown == text:
+            return None, ""
+        self._shown = (text, None)
+        if shown and text.startswith(shown):
+            added = text[len(shown) :]
+            if _PLAIN_TEXT.fullmatch(added) and _closed(shown) == shown:
+                return None, visible_text(added)
+        return _render(Block(_closed(text))), ""
+
+
+def render(text: str) -> str:
+    """A whole text.  Takes about 2 ms for a page of prose, longer for code."""
+    renderer = BlockRenderer()
+    renderer.feed(text)
+    return "".join(renderer.finish().done)
+
+
+def _render(block: Block) -> str:
+    if block.fence is not None:
+        return _code("".join(f"{line}\n" for line in block.fence.lines), block.fence.language)
+    if len(block.text) > 2 * LONGEST or len(_MARKS.findall(block.text)) > _MAX_MARKS:
+        return f'<p class="plain" dir="auto">{visible_in_prose(escape(block.text))}</p>\n'
+    html: str = _parser().render(block.text)
+    return html
+
+
+def _code(code: str, language: str) -> str:
+    name = plain(language[:30]) if language else "text"
+    return (
+        f'<div class="code"><div class="code-head"><span>{name}</span>'
+        '<button type="button" class="button quiet" data-copy-code>Copy</button></div>'
+        f'<pre tabindex="0"><code>{coloured(code, language)}</code></pre></div>\n'
+    )
+
+
+def _closed(text: str) -> str:
+    """A text that goes on, with bold text and code in its last paragraph closed, so that their
+    marks are not seen for a moment."""
+    last = text.rpartition("\n\n")[2]
+    for mark in ("`", "**"):
+        if last.count(mark) % 2:
+            return text if last.endswith(mark) else text + mark
+    return text
+
+
+class _Renderer(RendererHTML):
+    """markdown-it's renderer, but for what could lead out of the page."""
+
+    def text(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        content = tokens[idx].content
+        if "://" not in content or _in_link(tokens, idx):
+            return visible_in_prose(escape(content))
+        return _with_links(content)
+
+    def code_inline(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return f"<code>{plain(tokens[idx].content)}</code>"
+
+    def code_block(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return _code(tokens[idx].content, "")
+
+    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        token = tokens[idx]
+        return _code(token.content, (token.info.split() or [""])[0])
+
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        token = tokens[idx]
+        alt = token.content or "image"
+        address = str(token.attrs.get("src", ""))
+        shown = f"Image: {alt} ({address[:200]})"
+        if _in_link(tokens, idx) or not _is_safe(address):
+            return f'<span class="image">{visible_in_prose(escape(shown))}</span>'
+        return _link(address, shown, ' class="image"')
+
+    def link_open(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        address = str(tokens[idx].attrs.get("href", ""))
+        return f'<a href="{escape(address)}" rel="{_REL}" target="_blank">'
+
+    def heading_open(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return f'<{_heading(tokens[idx])} dir="auto">'
+
+    def heading_close(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return f"</{_heading(tokens[idx])}>\n"
+
+    def paragraph_open(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return "" if tokens[idx].hidden else '<p dir="auto">'
+
+    def list_item_open(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return '<li dir="auto">'
+
+    def table_open(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return '<div class="table" tabindex="0"><table>\n'
+
+    def table_close(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
+    ) -> str:
+        return "</table></div>\n"
+
+    def th_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        return _cell(tokens[idx])
+
+    def td_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        return _cell(tokens[idx])
+
+
+@cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt(
+        "commonmark",
+        {"html": False, "linkify": False, "maxNesting": _MAX_NESTING},
+        renderer_cls=_Renderer,
+    )
+    parser.enable(["table", "strikethrough"])
+    # Definitions of links would have to be known before the blocks that use them.
+    parser.disable(["reference", "html_block", "html_inline"])
+    parser.validateLink = _is_safe  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def _in_link(tokens: Sequence[Token], idx: int) -> bool:
+    """Links have no links inside."""
+    kinds = [token.type for token in tokens[:idx]]
+    return kinds.count("link_open") > kinds.count("link_close")
+
+
+def _is_safe(address: str) -> bool:
+    try:
+        return urlsplit(address).scheme.lower() in _SCHEMES
+    except ValueError:
+        return False
+
+
+def _link(address: str, shown: str, more: str = "") -> str:
+    text = visible_in_prose(escape(shown))
+    return f'<a href="{escape(address)}"{more} rel="{_REL}" target="_blank">{text}</a>'
+
+
+def _with_links(content: str) -> str:
+    """The text with the addresses in it as links."""
+    parts, end = [], 0
+    for match in _ADDRESS.finditer(content):
+        address = match[0].rstrip(_AFTER_ADDRESS)
+        while address.endswith(")") and address.count(")") > address.count("("):
+            address = address[:-1].rstrip(_AFTER_ADDRESS)
+        if not _is_safe(address):
+            continue
+        parts.append(visible_in_prose(escape(content[end : match.start()])))
+        parts.append(_link(address, address))
+        end = match.start() + len(address)
+    parts.append(visible_in_prose(escape(content[end:])))
+    return "".join(parts)
+
+
+def _heading(token: Token) -> str:
+    """Answers stand below the headings of the page."""
+    return f"h{min(int(token.tag[1]) + 2, 6)}"
+
+
+def _cell(token: Token) -> str:
+    style: Any = token.attrs.get("style", "")
+    align = str(style).removeprefix("text-align:")
+    kind = f' class="{align}"' if align in ("left", "right", "center") else ""
+    return f'<{token.tag}{kind} dir="auto">'

@@ -1,0 +1,1 @@
+"""HTTPS: certificates of the box, and how its own commands recognise it."""
