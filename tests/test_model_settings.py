@@ -3,6 +3,7 @@ until they are reset."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -55,6 +56,13 @@ async def shown(box: InProcessBox, model: str = "tiny:1b") -> dict[str, Any]:
     return await done(box, "show", model=model)
 
 
+async def hashed(box: InProcessBox) -> dict[str, Any]:
+    """The model as it is shown once its file has been read in the background."""
+    while not (model := await shown(box))["digest"]:
+        await asyncio.sleep(0.01)
+    return model
+
+
 async def test_defaults_that_are_set_count_for_the_next_request(anna: InProcessBox) -> None:
     assert (await drawn_with(anna))["temperature"] == 0.5
     set_ = await done(anna, "set", model=FAKE, settings={"sampling": {"temperature": 0.25}})
@@ -68,7 +76,7 @@ async def test_defaults_that_are_set_count_for_the_next_request(anna: InProcessB
 async def test_a_setting_counts_before_the_configuration_until_it_is_reset(
     anna: InProcessBox,
 ) -> None:
-    before = await shown(anna)
+    before = await hashed(anna)
     assert before["overrides"] == {} and before["settings"]["context"] == 512
     settings = {"context": 1024, "keep_alive": "2h", "sampling": {"top_p": 0.5, "top_k": 7}}
     await done(anna, "set", model="tiny:1b", settings=settings)

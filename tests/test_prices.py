@@ -125,7 +125,7 @@ async def test_peers_are_offered_the_price_that_follows_from_parameters(tmp_path
     write(tmp_path / "a.gguf", some=2000)
     config = Config(models_dir=str(tmp_path), pricing=PricingConfig(per_billion="500000"))
     settings = LiveSettings(Settings(config, catalog.load(config, tmp_path).matching(["a:*"])))
-    placement: Any = SimpleNamespace(replicas=lambda _: [], places=lambda _: 64)
+    placement: Any = SimpleNamespace(replicas=lambda _: [], places=lambda _: 64, engines=[])
     upstreams = Upstreams(settings, "node_1")
     offers = Offers(settings, LoadTracker(placement), _nothing, lambda: False, upstreams)
     learnt = asyncio.Event()
