@@ -44,6 +44,7 @@ ROOMS = (
     "policy",
     "policy_bounds",
     "identity",
+    "log",
     "logs",
     "openai",
     "models",

@@ -177,8 +177,12 @@ _TO_6 = (  # the pages: sessions, links for logging in, incidents, chats
         sealed      BLOB NOT NULL
     ) STRICT, WITHOUT ROWID""",
 )
+_LOG: tuple[str, ...] = ()  # the log of receipts, and its checkpoints
+_WITNESSES: tuple[str, ...] = ()  # checkpoints of others, cosignatures, evidence
+_TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = ()
+_TO_7 = (*_LOG, *_WITNESSES, *_TRANSCRIPTS_AND_AUDITS)
 # The first: from OLDEST_VERSION to the one after it.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6,)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6, _TO_7)
 
 
 class Schema(NamedTuple):

@@ -717,4 +717,10 @@ CREATE TRIGGER ledger_statements_are_paid AFTER INSERT ON ledger_paid BEGIN
     WHERE peer = (SELECT peer FROM ledger_statements WHERE id = NEW.statement);
 END;
 
-PRAGMA user_version = 6;
+-- The log of receipts, and its checkpoints.
+
+-- Checkpoints of others, cosignatures, evidence.
+
+-- Transcripts and audits.
+
+PRAGMA user_version = 7;

@@ -1,0 +1,160 @@
+"""Checkpoints of logs (C2SP tlog-checkpoint) and cosignatures of witnesses (tlog-cosignature v1).
+
+A log's origin is `pinaivu/log/`, the id of the box and the log's epoch, the Unix time in ms at
+which it began: a box that has lost its log begins another, and never signs two histories of one.
+The origin begins what the box signs as a checkpoint, so it is the domain of that signature.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
+
+from pinaivu_box.identity import NODE_PREFIX, Identity
+from pinaivu_box.log.merkle import EMPTY_ROOT, HASH_BYTES, MAX_SIZE
+from pinaivu_box.log.note import COSIGNATURE, Key, Note, NoteError, NoteSignature, decode, encode
+from pinaivu_box.text import END, number
+
+_ORIGIN = re.compile(r"pinaivu/log/(node_[0-9a-f]{64})/(0|[1-9][0-9]{0,15})" + END)
+_NUMBER = re.compile("(?:0|[1-9][0-9]{0,15})" + END)
+_TIME_BYTES = 8
+_SIGNATURE_BYTES = 64
+
+
+class Checkpoint(NamedTuple):
+    """What a log signs: that its first `size` entries have this root (32 bytes)."""
+
+    origin: str
+    size: int
+    root: bytes
+
+    @property
+    def text(self) -> str:
+        return f"{self.origin}\n{self.size}\n{encode(self.root)}\n"
+
+    @property
+    def node_id(self) -> str:
+        """The box whose log it is."""
+        return node_of(self.origin)
+
+
+class Cosignature(NamedTuple):
+    """That a witness saw the checkpoint at that time (Unix, in s), consistent with all before."""
+
+    node_id: str
+    time: int
+
+
+def origin(node_id: str, epoch: int) -> str:
+    return f"pinaivu/log/{node_id}/{epoch}"
+
+
+def node_of(log_origin: str) -> str:
+    """The id of the box that an origin names.  Raises NoteError."""
+    if not (match := _ORIGIN.match(log_origin)):
+        raise NoteError("its origin is not that of a box's log")
+    return match[1]
+
+
+def epoch_of(log_origin: str) -> int:
+    """Unix milliseconds.  Raises NoteError."""
+    if not (match := _ORIGIN.match(log_origin)):
+        raise NoteError("its origin is not that of a box's log")
+    return int(match[2])
+
+
+def log_key(log_origin: str) -> Key:
+    """The key that signs checkpoints of that origin.  Raises NoteError."""
+    return Key(log_origin, _public(node_of(log_origin)))
+
+
+def witness_key(node_id: str) -> Key:
+    return Key(f"pinaivu/witness/{node_id}", _public(node_id), COSIGNATURE)
+
+
+def read(note: Note) -> Checkpoint:
+    """What the note says, unverified.  Raises NoteError for anything but a checkpoint of a box's
+    log without extension lines."""
+    lines = note.text.split("\n")
+    if len(lines) != 4 or lines[3]:
+        raise NoteError("a checkpoint has three lines: origin, size and root")
+    node_of(lines[0])
+    size = number(lines[1]) if _NUMBER.match(lines[1]) else None
+    if size is None or size > MAX_SIZE:
+        raise NoteError("its size is not a number")
+    root = decode(lines[2])
+    if len(root) != HASH_BYTES or (size == 0 and root != EMPTY_ROOT):
+        raise NoteError("its root is not that of a tree of this size")
+    return Checkpoint(lines[0], size, root)
+
+
+def sign(identity: Identity, checkpoint: Checkpoint) -> Note:
+    """Raises NoteError if it is another box's."""
+    key = log_key(checkpoint.origin)
+    if checkpoint.node_id != identity.node_id:
+        raise NoteError("its origin names another box")
+    signature = identity.signing_key.sign(checkpoint.text.encode()).signature
+    return Note(checkpoint.text, (NoteSignature(key.name, key.id, signature),))
+
+
+def is_signed(note: Note, checkpoint: Checkpoint) -> bool:
+    """Whether the box has signed it whose log it is about."""
+    key = log_key(checkpoint.origin)
+    signatures = [each.signature for each in note.signatures if each.is_by(key)]
+    return bool(signatures) and _verifies(key, note.text, signatures[0])
+
+
+def cosign(identity: Identity, text: str, time: int) -> NoteSignature:
+    """A witness's signature over the text of a checkpoint, which it has found consistent with all
+    that it saw before; `time` is a Unix time in s."""
+    key = witness_key(identity.node_id)
+    signature = identity.signing_key.sign(_cosigned(text, time)).signature
+    return NoteSignature(key.name, key.id, time.to_bytes(_TIME_BYTES, "big") + signature)
+
+
+def cosignature(note: Note, node_id: str) -> Cosignature | None:
+    """That of a witness, if the note has one and it is right.  Raises NoteError if it is wrong."""
+    key = witness_key(node_id)
+    found = [each.signature for each in note.signatures if each.is_by(key)]
+    if not found:
+        return None
+    time = int.from_bytes(found[0][:_TIME_BYTES], "big")
+    right = len(found[0]) == _TIME_BYTES + _SIGNATURE_BYTES and time < 2**63
+    if not right or not _verifies(key, _cosigned(note.text, time), found[0][_TIME_BYTES:]):
+        raise NoteError(f"the cosignature of {node_id} is not its own")
+    return Cosignature(node_id, time)
+
+
+def witnesses_named(note: Note) -> list[str]:
+    """The ids of boxes whose cosignatures the note claims to have, unverified."""
+    prefix = "pinaivu/witness/"
+    ids = [
+        each.name.removeprefix(prefix)
+        for each in note.signatures
+        if each.name.startswith(prefix) and _is_node_id(each.name.removeprefix(prefix))
+    ]
+    return [node_id for node_id in ids if any(s.is_by(witness_key(node_id)) for s in note.signatures)]
+
+
+def _cosigned(text: str, time: int) -> bytes:
+    return f"cosignature/v1\ntime {time}\n{text}".encode()
+
+
+def _is_node_id(text: str) -> bool:
+    return _ORIGIN.match(f"pinaivu/log/{text}/0") is not None
+
+
+def _public(node_id: str) -> bytes:
+    return bytes.fromhex(node_id.removeprefix(NODE_PREFIX))
+
+
+def _verifies(key: Key, message: str | bytes, signature: bytes) -> bool:
+    data = message.encode() if isinstance(message, str) else message
+    try:
+        VerifyKey(key.public).verify(data, signature)
+    except (BadSignatureError, ValueError):
+        return False
+    return True
