@@ -136,7 +136,9 @@ def witnesses_named(note: Note) -> list[str]:
         for each in note.signatures
         if each.name.startswith(prefix) and _is_node_id(each.name.removeprefix(prefix))
     ]
-    return [node_id for node_id in ids if any(s.is_by(witness_key(node_id)) for s in note.signatures)]
+    return [
+        node_id for node_id in ids if any(s.is_by(witness_key(node_id)) for s in note.signatures)
+    ]
 
 
 def _cosigned(text: str, time: int) -> bytes:

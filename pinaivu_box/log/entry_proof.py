@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from pinaivu_box.log import checkpoint, merkle, note
 from pinaivu_box.log.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ _HEADER = "c2sp.org/tlog-proof@v1"
 _INDEX = re.compile("index (0|[1-9][0-9]{0,15})" + END)
 
 
-class EntryProof(NamedTuple):
+class EntryProof(Struct, frozen=True):
     index: int
     hashes: tuple[bytes, ...]
     note: Note  # a checkpoint

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import NamedTuple
+
+from msgspec import Struct
 
 HASH_BYTES = 32
 MAX_SIZE = 2**53  # leaves; sizes are exact numbers in JSON then
@@ -17,7 +18,7 @@ MAX_PROOF_HASHES = 63  # of a consistency proof, as C2SP tlog-witness has it
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 
 
-class Subtree(NamedTuple):
+class Subtree(Struct, frozen=True):
     """A complete one: the leaves from `index * 2**level` on, `2**level` of them."""
 
     level: int
@@ -96,9 +97,7 @@ def consistency_ranges(old: int, new: int) -> list[tuple[int, int]]:
     return ranges[::-1]
 
 
-def includes(
-    root_hash: bytes, size: int, index: int, leaf: bytes, proof: Sequence[bytes]
-) -> bool:
+def includes(root_hash: bytes, size: int, index: int, leaf: bytes, proof: Sequence[bytes]) -> bool:
     """Whether the proof leads from the hash of a leaf to the root (RFC 9162, section 2.1.3.2)."""
     if not 0 <= index < size:
         return False

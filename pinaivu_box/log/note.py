@@ -90,17 +90,17 @@ def read_signatures(lines: str) -> tuple[NoteSignature, ...]:
     signatures = tuple(_signature(line) for line in lines[:-1].split("\n"))
     if len(signatures) > MAX_SIGNATURES:
         raise NoteError(f"it has more than {MAX_SIGNATURES} signatures")
-    if len({signature[:2] for signature in signatures}) < len(signatures):
+    if len({(each.name, each.key_id) for each in signatures}) < len(signatures):
         raise NoteError("two of its signatures are by one key")
     return signatures
 
 
 def joined(note: Note, signatures: Iterable[NoteSignature]) -> Note:
-    """The note with these signatures too; of one key, its first counts."""
-    first = {signature[:2]: signature for signature in (*signatures, *note.signatures)[::-1]}
-    own = [signature[:2] for signature in note.signatures]
-    order = own + [key for key in reversed(first) if key not in own]
-    return Note(note.text, tuple(first[key] for key in order))
+    """The note with these signatures after its own; of one key, its first counts."""
+    first: dict[tuple[str, bytes], NoteSignature] = {}
+    for each in (*note.signatures, *signatures):
+        first.setdefault((each.name, each.key_id), each)
+    return Note(note.text, tuple(first.values()))
 
 
 def encode(data: bytes) -> str:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from pinaivu_box.log import merkle
 from pinaivu_box.log.merkle import HASH_BYTES, Subtree
 from pinaivu_box.text import END
@@ -21,7 +23,7 @@ _PATH = re.compile(
 )
 
 
-class Tile(NamedTuple):
+class Tile(Struct, frozen=True):
     """`width` is the number of its hashes: 256, or fewer at the right edge of a tree.  Of level 0
     are those with hashes of leaves; each further level is 8 levels of the tree above."""
 
