@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from pinaivu_box.engine.messages import (
@@ -89,9 +90,11 @@ def test_steps_that_come_together_are_one() -> None:
         [Refused("r", "code", "why")],
         {"a": Output("He", [5], None, 12.5, 2), "b": Output("x", [7], logprobs=likely)},
         EngineLoad(steps=1),
+        {"d": b"1"},
     )
     second = step(2, a=Output("llo", [6, 7], shifted_tokens=3), c=Output("new", [9]))
     third = step(3, a=Output("!", [8], "stop", stop_string="?", shifted_tokens=3))
+    third = msgspec.structs.replace(third, numbers={"a": b"2"})
     other = step(4, b=Output("y", [8], "length", logprobs=likely, vectors=[b"v"]))
     made, between, last = joined([first, second, third, tokens("t"), other])
     assert (between, last) == (tokens("t"), other)
@@ -104,6 +107,7 @@ def test_steps_that_come_together_are_one() -> None:
             "c": Output("new", [9]),
         },
         EngineLoad(steps=3),
+        {"a": b"2", "d": b"1"},
     )
 
 

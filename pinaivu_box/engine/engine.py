@@ -17,10 +17,10 @@ from pinaivu_box.engine.draft_model import DraftModel
 from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
 from pinaivu_box.engine.messages import EngineLoad, PrefixesSaved, Refused, TokenLogprob
-from pinaivu_box.engine.output import SequenceOutput, StepOutput
+from pinaivu_box.engine.output import NO_LOGITS, SequenceOutput, StepOutput
 from pinaivu_box.engine.prefix_cache import PRIVATE
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
-from pinaivu_box.engine.sampling import Draw, draw_rows, redraw, token_logprob
+from pinaivu_box.engine.sampling import Draw, Sampler, redraw, token_logprob
 from pinaivu_box.engine.scheduler import Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady_steps import SteadySteps
@@ -316,7 +316,7 @@ class Engine:
         self._observe_step(rows, 0, time.perf_counter() - began)
         self._steps += 1
         self._tokens_computed += rows
-        drawn = steady.draw(logits)
+        drawn, raw = steady.draw(logits)
         if self._facts.end_tokens.isdisjoint(drawn):
             if self.scheduler.wants_draft():
                 steady.left = 0
@@ -326,10 +326,10 @@ class Engine:
                 steps=self._steps,
                 tokens_computed=self._tokens_computed,
             )
-            return StepOutput([], self._last_load, (steady.ids, drawn))
+            return StepOutput([], self._last_load, (steady.ids, drawn, raw))
         self.catch_up()
-        for sequence, token in zip(steady.sequences, drawn, strict=True):
-            self._conclude(sequence, [token], first=False)
+        for number, (sequence, token) in enumerate(zip(steady.sequences, drawn, strict=True)):
+            self._conclude(sequence, [token], raw[number : number + 1], first=False)
         return None
 
     def _observe(self, chunks: list[BatchChunk], seconds: float) -> None:
@@ -385,12 +385,16 @@ class Engine:
             None if chunk.sequence.logprobs is None else logits[here].copy()
             for chunk, here in zip(chunks, rows, strict=True)
         ]
-        drawn = draw_rows(logits, list(_draws(chunks)), self._end_tokens)
+        draws = list(_draws(chunks))
+        sampler = Sampler([each.sampling for each in draws], self._end_tokens)
+        drawn = sampler.draw(
+            logits, [each.position for each in draws], [each.window for each in draws]
+        )
         for chunk, here, scored in zip(chunks, rows, unadjusted, strict=True):
             sequence, tokens = chunk.sequence, drawn[here]
             first, sequence.reported = not sequence.reported, True
             if first and sequence.wants_no_output:
-                self._conclude(sequence, [], first=True)
+                self._conclude(sequence, [], NO_LOGITS, first=True)
                 continue
             if sequence.grammar is not None:
                 tokens = self._follow(chunk, sequence.grammar, tokens, logits[here])
@@ -408,9 +412,10 @@ class Engine:
                 likeliest, piece = sequence.logprobs or 0, self._runner.piece
                 of_tokens = zip(scored, tokens, strict=False)
                 logprobs = [token_logprob(row, token, likeliest, piece) for row, token in of_tokens]
+            raw = sampler.raw(logits, np.arange(here.start, here.start + len(tokens)), tokens)
             sequence.tokens += tokens
             self.scheduler.accept(chunk, accepted)
-            self._conclude(sequence, tokens, first=first, logprobs=logprobs)
+            self._conclude(sequence, tokens, raw, first=first, logprobs=logprobs)
 
     def _follow(
         self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
@@ -437,6 +442,7 @@ class Engine:
         self,
         sequence: Sequence,
         tokens: list[int],
+        raw: Float32,
         *,
         first: bool,
         logprobs: abc.Sequence[TokenLogprob] = (),
@@ -462,6 +468,7 @@ class Engine:
                 sequence.cached_tokens if first else None,
                 sequence.shifted,
                 logprobs,
+                raw,
             )
         )
         if first:

@@ -450,6 +450,7 @@ class _Addressed:
 
     choice: int = 0
     mark: str | None = None
+    numbers: bytes | None = None
 
 
 class Output(_Addressed, Struct, array_like=True, dict=True):
@@ -459,7 +460,7 @@ class Output(_Addressed, Struct, array_like=True, dict=True):
     client's stream.  `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`,
     which are those of the text's tokens; those of an echoed prompt come first.  `mark` (hex) is
     that of the frame in which a peer has sent it (see `receipt.mark_text`), and `choice`, which the
-    runner sets, tells the choices of a request apart.
+    runner sets, tells the choices of a request apart.  `numbers`, with its end, is from StepFrame.
     """
 
     text: str
@@ -492,12 +493,14 @@ class EngineLoad(Struct, frozen=True):
 
 class StepFrame(Struct, frozen=True, tag=True):
     """All that has happened since the last frame; `prompts` and `outputs` are by the id of their
-    sequence."""
+    sequence, and so are the `numbers` of sequences that have ended: the digests of what their
+    tokens were drawn from (`engine.numbers_digest`)."""
 
     prompts: dict[str, Prompt]
     refused: list[Refused]
     outputs: dict[str, Output]
     load: EngineLoad
+    numbers: dict[str, bytes] = {}
 
 
 class PrefixesSaved(Struct, frozen=True, tag=True):

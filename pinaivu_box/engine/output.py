@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.messages import (
     EngineLoad,
@@ -18,8 +20,11 @@ from pinaivu_box.engine.messages import (
     StepFrame,
     TokenLogprob,
 )
+from pinaivu_box.engine.numbers_digest import NumbersDigest
 from pinaivu_box.engine.request_preparer import PreparedRequest
+from pinaivu_box.engine.runner import Float32
 
+NO_LOGITS: Float32 = np.empty(0, np.float32)
 _MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 
 
@@ -29,7 +34,8 @@ class SequenceOutput:
 
     `queue_ms` and `cached_tokens` come with its first token, or with its end if it has begun and
     has no token.  `logprobs` are those of `tokens`, `prompt_logprobs` those of tokens that were
-    given: of its prompt, or of the output of an earlier leg.
+    given: of its prompt, or of the output of an earlier leg.  `logits` are the tokens' own as the
+    model gave them.
     """
 
     id: str
@@ -40,6 +46,7 @@ class SequenceOutput:
     cached_tokens: int | None = None
     shifted_tokens: int = 0
     logprobs: Sequence[TokenLogprob] = ()
+    logits: Float32 = field(default_factory=lambda: NO_LOGITS)
     vectors: list[bytes] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob] = ()
 
@@ -49,21 +56,22 @@ class StepOutput:
     """The output of a step, and what has happened since the one before.
 
     `plain` is the output of a step without a plan: ids, and one token for each, none of which ends
-    its sequence.
+    its sequence, with its logit.
     """
 
     sequences: Sequence[SequenceOutput]
     load: EngineLoad
-    plain: tuple[list[str], list[int]] = ([], [])
+    plain: tuple[list[str], list[int], Float32] = ([], [], NO_LOGITS)
     refused: Sequence[Refused] = ()
 
 
 @dataclass
 class _OpenSequence:
     """One that is admitted and has not ended.  `withheld` are the log-probabilities of tokens whose
-    text may be the beginning of a stop string."""
+    text may be the beginning of a stop string; `numbers` is over what was reported."""
 
     detokenizer: Detokenizer
+    numbers: NumbersDigest = field(default_factory=NumbersDigest)
     shifted_tokens: int = 0
     withheld: list[TokenLogprob] = field(default_factory=list)
 
@@ -77,6 +85,7 @@ class OutputBuffer:
         self._refused: list[Refused] = []
         self._deltas: dict[str, Output] = {}
         self._load = EngineLoad()
+        self._numbers: dict[str, bytes] = {}  # of the sequences that have ended
         self._logprobs = 0  # taken since the last frame
 
     @property
@@ -97,15 +106,16 @@ class OutputBuffer:
         for refused in event.refused:
             self._refuse(refused)
         stopped = [output.id for output in event.sequences if self._add(output)]
-        for request_id, token in zip(*event.plain, strict=True):
-            if self._add_token(request_id, token):
+        for request_id, token, logit in zip(*event.plain, strict=True):
+            if self._add_token(request_id, token, logit):
                 stopped.append(request_id)
         return stopped
 
     def frame(self) -> StepFrame:
         """All that was taken since the last frame."""
-        frame = StepFrame(self._prompts, self._refused, self._deltas, self._load)
+        frame = StepFrame(self._prompts, self._refused, self._deltas, self._load, self._numbers)
         self._prompts, self._refused, self._deltas, self._logprobs = {}, [], {}, 0
+        self._numbers = {}
         return frame
 
     def _refuse(self, refused: Refused) -> None:
@@ -119,11 +129,12 @@ class OutputBuffer:
             self._deltas[request_id] = delta
         return delta
 
-    def _add_token(self, request_id: str, token: int) -> bool:
+    def _add_token(self, request_id: str, token: int, logit: np.float32) -> bool:
         """Returns whether a stop string has ended the sequence."""
         sequence = self._open.get(request_id)
         if sequence is None:
             return False
+        sequence.numbers.add(token, logit)
         text = sequence.detokenizer.push(token)
         delta = self._deltas.get(request_id)
         if delta is None:  # the usual case, once a token
@@ -136,7 +147,7 @@ class OutputBuffer:
         if stop_string is None:
             return False
         delta.finish_reason, delta.stop_string = "stop", stop_string
-        del self._open[request_id]
+        self._close(request_id)
         return True
 
     def _add(self, output: SequenceOutput) -> bool:
@@ -153,6 +164,7 @@ class OutputBuffer:
         text_tokens = len(output.tokens) - output.end_token
         for number, token in enumerate(output.tokens):
             delta.tokens.append(token)
+            sequence.numbers.add(token, output.logits[number])
             if number < text_tokens:
                 text = detokenizer.push(token)
                 delta.text += text
@@ -172,8 +184,12 @@ class OutputBuffer:
             delta.finish_reason = finish_reason
             delta.stop_string = detokenizer.stop_string
             delta.vectors = output.vectors
-            del self._open[output.id]
+            self._close(output.id)
         return detokenizer.stopped
+
+    def _close(self, request_id: str) -> None:
+        """It has ended: what was reported of it is all."""
+        self._numbers[request_id] = self._open.pop(request_id).numbers.digest
 
 
 def _release(sequence: _OpenSequence, text: str, delta: Output) -> None:

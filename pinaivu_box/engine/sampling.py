@@ -110,6 +110,8 @@ class Sampler:
             kinds.setdefault(_kind(sampling), []).append(row)
         self._kinds = kinds
         self._groups: list[_Group] = []
+        # What was adjusted in the last draw, by row: ids, and their logits before that.
+        self._before: dict[int, tuple[Ids, Float32]] = {}
 
     def draw(
         self, logits: Float32, positions: Positions, windows: Sequence[PenaltyWindow] = ()
@@ -126,8 +128,11 @@ class Sampler:
     ) -> list[int]:
         """As `draw`, from the `keys` of the rows' positions, shape (rows,)."""
         for row in self._adjusted:
-            window = windows[row] if self._samplings[row].looks_back else NO_WINDOW
-            _adjust(logits[row], self._samplings[row], window)
+            sampling = self._samplings[row]
+            window = windows[row] if sampling.looks_back else NO_WINDOW
+            ids = _adjustable(sampling, window, logits.shape[1])
+            self._before[row] = ids, logits[row, ids]
+            _adjust(logits[row], sampling, window)
         if self._endless.size:
             logits[self._endless, self._end_tokens] = -np.inf
         if not self._groups:
@@ -142,6 +147,18 @@ class Sampler:
             for row, token in zip(group.rows, of_group, strict=True):
                 tokens[row] = token
         return tokens
+
+    def raw(self, logits: Float32, rows: Ids, tokens: Sequence[int]) -> Float32:
+        """The logits of these rows' tokens as the model gave them, of `logits` that were drawn
+        from (and so adjusted) last; such a token is none that was banned."""
+        raw = np.asarray(logits[rows, tokens])
+        for number, row in enumerate(rows.tolist() if self._before else ()):
+            if (before := self._before.get(row)) is not None:
+                ids, values = before
+                at = int(np.searchsorted(ids, tokens[number]))
+                if at < len(ids) and ids[at] == tokens[number]:
+                    raw[number] = values[at]
+        return raw
 
     def _grouped(self, n_vocab: int) -> list[_Group]:
         """Rows of a kind, in parts that are worth a thread each."""
@@ -202,11 +219,22 @@ def _kind(sampling: Sampling) -> int:
     return _TYPICAL if sampling.typical_p < 1 else sampling.top_k
 
 
+def _repeated(window: PenaltyWindow, n_vocab: int) -> Ids:
+    ids = np.unique(np.array(window.tokens[-_REPEAT_LAST_TOKENS:], np.intp))
+    return np.asarray(ids[ids < n_vocab])  # those of images are beyond the vocabulary
+
+
+def _adjustable(sampling: Sampling, window: PenaltyWindow, n_vocab: int) -> Ids:
+    """The ids whose logits `_adjust` may change, in order."""
+    output = np.array(window.tokens[window.prompt_length :], np.intp)
+    biased = np.array([int(token) for token in sampling.logit_bias], np.intp)
+    return np.unique(np.concatenate([_repeated(window, n_vocab), output, biased]))
+
+
 def _adjust(row: Float32, sampling: Sampling, window: PenaltyWindow) -> None:
     """Apply penalties and biases, in place."""
     if sampling.repeat_penalty != 1 and len(window.tokens):
-        ids = np.unique(np.array(window.tokens[-_REPEAT_LAST_TOKENS:], np.intp))
-        ids = ids[ids < len(row)]  # those of images are beyond the vocabulary
+        ids = _repeated(window, len(row))
         penalty = np.float32(sampling.repeat_penalty)
         row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
     if len(window.tokens) > window.prompt_length:

@@ -26,6 +26,7 @@ class SteadySteps:
         self.left = left
         self.steps = 0
         self._tokens = [sequence.tokens for sequence in sequences]
+        self._rows = np.arange(len(sequences))
         self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
         self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
         # Those of all steps at once: in each step it would take longer than what it is for.
@@ -39,8 +40,9 @@ class SteadySteps:
             single=len(sequences),
         )
 
-    def draw(self, logits: Float32) -> list[int]:
-        """Append and return each sequence's next token, drawn from the logits of `batch`."""
+    def draw(self, logits: Float32) -> tuple[list[int], Float32]:
+        """Append and return each sequence's next token, drawn from the logits of `batch`; and that
+        token's logit as the model gave it."""
         batch, sequences, positions = self.batch, self.sequences, self.batch.positions
         windows: list[PenaltyWindow] = []
         if self._looks_back:
@@ -53,4 +55,4 @@ class SteadySteps:
             sequence.computed += 1
         self.steps += 1
         self.left -= 1
-        return drawn
+        return drawn, self._sampler.raw(logits, self._rows, drawn)

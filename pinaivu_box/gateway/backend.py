@@ -144,9 +144,9 @@ class Started:
 
     `tool_style` and `thinks` say how the model writes (see `chat_format`).  Of a peer, `nonce`
     (hex) is of its commitment to the output, and `proof` the version of its proof (see
-    `receipts.receipt`), which is another one if it has an `exactness`.  With `upstream` no box
-    computes the leg: tokens are not known, only their numbers are `Counted`, and `sent` are the
-    parameters that were sent.
+    `receipts.receipt`), which is another one if it has an `exactness` ("statistical" where nothing
+    is promised).  With `upstream` no box computes the leg: tokens are not known, only their numbers
+    are `Counted`, and `sent` are the parameters that were sent.
     """
 
     node_id: str

@@ -272,6 +272,8 @@ class EngineProcess:
             self._deliver(request_id, prompt)
         for refused in frame.refused:
             self._deliver(refused.id, refused)
+        for request_id, numbers in frame.numbers.items():
+            frame.outputs[request_id].numbers = numbers  # it has ended with that output
         receiver_of = self._receivers.get
         for request_id, output in frame.outputs.items():
             if (receive := receiver_of(request_id)) is not None:

@@ -98,7 +98,8 @@ def _joined_steps(first: StepFrame, second: StepFrame) -> StepFrame:
         before = outputs.get(request_id)
         outputs[request_id] = output if before is None else _joined_output(before, output)
     prompts = {**first.prompts, **second.prompts}
-    return StepFrame(prompts, [*first.refused, *second.refused], outputs, second.load)
+    refused, numbers = [*first.refused, *second.refused], {**first.numbers, **second.numbers}
+    return StepFrame(prompts, refused, outputs, second.load, numbers)
 
 
 def _joined_output(first: Output, second: Output) -> Output:

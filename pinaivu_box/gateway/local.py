@@ -27,7 +27,7 @@ from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.prefix_affinity import beginning_of
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineBuild
+from pinaivu_box.receipts.receipt import STATISTICAL, EngineBuild
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
 
@@ -130,8 +130,8 @@ class LocalLeg:
                     sampling,
                     ready.tool_style,
                     ready.thinks,
-                    # Vectors depend on others.
-                    exactness=ready.exactness if job.inputs is None else "",
+                    # Vectors depend on others, and nothing is drawn.
+                    exactness="" if job.inputs is not None else ready.exactness or STATISTICAL,
                 )
             )
             await items.last

@@ -145,6 +145,8 @@ def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
     text = "".join(leg.text)
     extras = [leg.extras] if leg.started.proof > 1 else []
     output, opening = commitment.commit(text, leg.tokens, nonce, extras)
+    # Of a leg that was lost nobody here knows the numbers.
+    numbers = leg.numbers if leg.started.exactness else None
     proof = Proof(
         request_id=job.request_id,
         leg=job.leg,
@@ -166,8 +168,9 @@ def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
         ttft_ms=leg.ttft_ms,
         duration_ms=leg.duration_ms,
         price=price,
-        v=EXACT_VERSION if leg.started.exactness else leg.started.proof,
-        exactness=leg.started.exactness or UNSET,
+        v=leg.started.proof if numbers is None else EXACT_VERSION,
+        exactness=UNSET if numbers is None else leg.started.exactness,
+        logits_sha256=UNSET if numbers is None else numbers.hex(),
     )
     return proof, opening
 

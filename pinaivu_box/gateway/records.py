@@ -47,6 +47,7 @@ class LegRecord:
     begun: bool = False  # the engine has computed something of it
     queue_ms: float = 0.0
     mark: str | None = None
+    numbers: bytes | None = None  # with its end, of an engine here
     proved: Proved | None = None
     counted: Counted | None = None
 
@@ -92,6 +93,7 @@ class LegRecord:
             self.cached_tokens = output.cached_tokens
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason
+            self.numbers = output.numbers
         if output.logprobs or output.vectors:
             self._take_extras(output)
 

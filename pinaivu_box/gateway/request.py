@@ -27,6 +27,7 @@ from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
+from pinaivu_box.receipts.receipt import STATISTICAL
 from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.request")
@@ -213,7 +214,8 @@ class Request:
 def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
     leg = choice.legs[-1]
     started = leg.started
-    system = f"{started.model_digest} {started.engine.build} {started.exactness}".rstrip().encode()
+    exact = "" if started.exactness == STATISTICAL else started.exactness
+    system = f"{started.model_digest} {started.engine.build} {exact}".rstrip().encode()
     return ChoiceStarted(
         choice=choice.job.choice,
         fingerprint=f"fp_{hashlib.sha256(system).hexdigest()[:12]}",

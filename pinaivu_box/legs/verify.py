@@ -221,6 +221,8 @@ class LegVerifier:
         for field, value in expected.items():
             if getattr(proof, field) != value:
                 raise ProtocolViolation(f"another {field} in the proof")
+        if isinstance(proof, Proof) and not proof.is_known:
+            raise ProtocolViolation("a proof without the fields of its version")
         self._check_price(proof)
         if not is_signed(proof, signed):
             raise ProtocolViolation("invalid signature of the proof")

@@ -199,7 +199,7 @@ class LegStarted(Struct, frozen=True, tag="began"):
     """`nonce` is of the commitment to the output, `proof` the version of what will be signed.  With
     `upstream` the box does not compute the leg, but asks that: there are no token ids then.  With
     `exactness`, which is for coordinators that read it, what is signed is of
-    `receipt.EXACT_VERSION`."""
+    `receipt.EXACT_VERSION`; "statistical" promises nothing but that."""
 
     digest: Hex32
     build: Shown

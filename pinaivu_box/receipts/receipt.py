@@ -13,8 +13,9 @@ Version 3 is for receipts with a leg that an upstream has made: there is no proo
 statement (`UpstreamLeg`) of the box that asked in the proof's place, and nothing commits to token
 ids.  Receipts without such a leg are of version 2, and proofs are never of version 3.
 
-A proof of version 4 is one of version 2 with `exactness`.  It is in receipts of version 2 or 3, and
-given to boxes only that read it; a leg of which nothing is promised has a proof of version 2.
+A proof of version 4 is one of version 2 with `exactness` and `logits_sha256`: it commits to the
+numbers that the output was drawn from.  It is in receipts of version 2 or 3, and only boxes get it
+that read it.  A leg without draws, or one whose engine or box was lost, has a proof of version 2.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ RECEIPT_DOMAIN = "pinaivu/receipt/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
 UPSTREAM_DOMAIN = "pinaivu/upstream/v1"  # over a statement about an upstream
 VERSION = 2
-EXACT_VERSION = 4  # of proofs with `exactness`
+EXACT_VERSION = 4  # of proofs with `exactness` and `logits_sha256`
+BITWISE = "bitwise:"  # begins an exactness that says on which engines the bits are the same
+STATISTICAL = "statistical"  # the exactness of which nothing is promised
 VERSIONS = (1, VERSION, EXACT_VERSION)  # that are read, of proofs
 UPSTREAM_VERSION: Literal[3] = (
     3  # of receipts with legs of upstreams, and of the statements about these
@@ -90,9 +93,10 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     that decided the draws; its seed is text, because JSON numbers do not carry 64 bits.  `choice`
     says which of several answers it made, and `prompt` which of several prompts it answered.
 
-    With `exactness` ("bitwise:" and on what) the node says that its engine gives the same bits for
-    the same tokens whatever else it computes, as does any other engine of that exactness with the
-    same file; without it, an audit is statistical.
+    With the `exactness` "bitwise:" and on what, the node says that its engine gives the same bits
+    for the same tokens whatever else it computes, as does any other engine of that exactness with
+    the same file; with "statistical", or without it, an audit is statistical.  `logits_sha256` is
+    over the leg's tokens and their logits as the model gave them (`engine.numbers_digest`).
 
     A node that was lost in the middle signs no proof: `witness`, the coordinator, then signs what
     it has received, and `mark` is the node's own signature over that much of it (`mark_text`).
@@ -122,6 +126,7 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     mark: Annotated[str, Meta(pattern=SIGNATURE)] | None = None
     v: int = VERSION
     exactness: Name | UnsetType = UNSET
+    logits_sha256: Digest | UnsetType = UNSET
 
     @property
     def signer(self) -> str:
@@ -130,7 +135,16 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_known(self) -> bool:
         """Whether its version is, and has its fields."""
-        return self.v in VERSIONS and (self.exactness is UNSET) == (self.v != EXACT_VERSION)
+        fields = (self.exactness, self.logits_sha256)
+        return self.v in VERSIONS and all(
+            (field is UNSET) == (self.v != EXACT_VERSION) for field in fields
+        )
+
+    @property
+    def exact_on(self) -> str:
+        """On which engines the bits are the same; empty if none are promised to be."""
+        exactness = "" if self.exactness is UNSET else self.exactness
+        return exactness if exactness.startswith(BITWISE) else ""
 
     def fits(self, receipt_version: int) -> bool:
         """Whether a receipt of that version may have it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
@@ -249,8 +249,8 @@ def _proof(
         f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
         f"{proof.completion_tokens} tokens"
     )
-    if proof.exactness is not UNSET:
-        claim += f", which can be made again to the bit ({proof.exactness})"
+    if proof.exact_on:
+        claim += f", which can be made again to the bit ({proof.exact_on})"
     if proof.witness is not None:
         return _witnessed(name, proof, receipt, claim), proof
     return VerificationCheck(name, True, f"{proof.node_id} signed that {claim}"), proof

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from pinaivu_box.engine.fake_runner import END
 from pinaivu_box.engine.messages import EngineLoad, Output, Prompt, Refused, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
 from pinaivu_box.engine.request_preparer import PreparedRequest
+from pinaivu_box.engine.runner import Float32
 from tests.support.engine_harness import add, make
 from tests.support.scheduler_driver import sequence
 
@@ -26,17 +30,25 @@ def arrival(name: str, stop: list[str] | None = None) -> PreparedRequest:
 
 
 def step(*said: SequenceOutput, steps: int = 1) -> StepOutput:
-    return StepOutput(list(said), EngineLoad(steps=steps))
+    return StepOutput([*map(with_logits, said)], EngineLoad(steps=steps))
 
 
 def say(name: str, text: str, finish_reason: str | None = None) -> SequenceOutput:
-    return SequenceOutput(name, list(text.encode()), finish_reason)
+    return with_logits(SequenceOutput(name, list(text.encode()), finish_reason))
+
+
+def with_logits(said: SequenceOutput) -> SequenceOutput:
+    return replace(said, logits=logits(*said.tokens))
+
+
+def logits(*tokens: int) -> Float32:
+    return np.array([token / 2 for token in tokens], np.float32)
 
 
 def plain(steps: int = 1, **tokens: str) -> StepOutput:
     """A steady step: a token each."""
     each = [ord(token) for token in tokens.values()]
-    return StepOutput([], EngineLoad(steps=steps), (list(tokens), each))
+    return StepOutput([], EngineLoad(steps=steps), (list(tokens), each, logits(*each)))
 
 
 def admitted(*names: str, stop: list[str] | None = None) -> OutputBuffer:

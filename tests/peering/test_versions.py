@@ -244,9 +244,13 @@ async def test_exactness_is_signed_for_who_reads_it(
     ).json()
     proof = proof_of(await checked(three, answer))
     assert (proof["v"], proof["exactness"]) == (4, exact)
+    # The fake model's logit of the token that it says is 0.
+    said = answer["choices"][0]["message"]["content"].encode()
+    numbers = b"".join(struct.pack("<If", token, 0.0) for token in said)
+    assert proof["logits_sha256"] == sha256(numbers).hex() and len(said) == 3
     body = {"model": FAKE, "input": INPUTS}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
-    assert "exactness" not in proof_of(await checked(three, answer))
+    assert not {"exactness", "logits_sha256"} & proof_of(await checked(three, answer)).keys()
     for version, expected in ((3, (2, None)), (5, (4, exact))):
         asked = msgspec.structs.replace(ask(three, f"version {version}"), proof=version)
         stream = await opened(three)
@@ -255,6 +259,15 @@ async def test_exactness_is_signed_for_who_reads_it(
         signed = msgspec.json.decode(proved.signed)
         assert (signed["v"], signed.get("exactness")) == expected
         await accept(stream, sign(three, proved))
+    monkeypatch.setattr(engine, "ready", msgspec.structs.replace(ready, exactness=""))
+    asked = ask(three, "nothing is promised")
+    stream = await opened(three)
+    await leg_wire.send(stream, msgspec.structs.replace(asked, proof=4))
+    (proved,) = [one for one in await heard(stream) if isinstance(one, leg_wire.LegProof)]
+    proof = msgspec.json.decode(proved.signed)
+    assert (proof["v"], proof["exactness"]) == (4, "statistical") and "logits_sha256" in proof
+    await accept(stream, sign(three, proved))
+    monkeypatch.setattr(engine, "ready", ready)
     await wait_until(lambda: not three.running)
     models = (await three.ben.http("GET", "/v1/models")).json()["data"]
     assert [one.get("exactness") for one in models if one["id"] == FAKE] == [exact]

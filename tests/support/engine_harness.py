@@ -387,6 +387,7 @@ class Heard:
         self.cached: dict[str, list[int]] = {}
         self.shifted: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[messages.TokenLogprob]] = {}
+        self.numbers: dict[str, bytes] = {}
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
@@ -408,6 +409,8 @@ class Heard:
                 self.cached.setdefault(name, []).append(output.cached_tokens)
             if output.finish_reason:
                 self.ends[name] = output.finish_reason
+        assert frame.numbers.keys() <= self.ends.keys()
+        self.numbers |= frame.numbers
         self.load = frame.load
 
     def answer(self, name: str) -> tuple[str, list[int], str]:

@@ -161,7 +161,8 @@ def vectors() -> dict[str, bytes]:
     ]
     moved = [lost(mark=True), proof(leg=1, completion_tokens=20)]
     mixed: list[LegStatement] = [proof(), upstream_leg(choice=1)]
-    exact = proof(v=4, exactness="bitwise:haswell llama.cpp 1 f16")
+    numbers = "ab" * 32
+    exact = proof(v=4, exactness="bitwise:haswell llama.cpp 1 f16", logits_sha256=numbers)
     at_peer = upstream_leg(node_id=PEER.node_id)
     other_mark = msgspec.structs.replace(moved[0], completion_tokens=11)
     return {
@@ -173,8 +174,22 @@ def vectors() -> dict[str, bytes]:
         "an_exact_leg_and_an_upstream": document(receipt(exact, upstream_leg(choice=1))),
         "an_exact_leg_in_version_1": document({**receipt(exact), "v": 1}),
         "an_exact_leg_of_version_2": document(receipt(proof(exactness="bitwise:x"))),
-        "a_proof_of_version_4_without_exactness": document(receipt(proof(v=4))),
-        "an_exactness_that_is_none": document(receipt(proof(v=4, exactness=""))),
+        "a_leg_of_which_nothing_is_promised": document(
+            receipt(proof(v=4, exactness="statistical", logits_sha256=numbers))
+        ),
+        "numbers_in_a_proof_of_version_2": document(receipt(proof(logits_sha256=numbers))),
+        "a_proof_of_version_4_without_exactness": document(
+            receipt(proof(v=4, logits_sha256=numbers))
+        ),
+        "a_proof_of_version_4_without_numbers": document(
+            receipt(proof(v=4, exactness="statistical"))
+        ),
+        "an_exactness_that_is_none": document(
+            receipt(proof(v=4, exactness="", logits_sha256=numbers))
+        ),
+        "numbers_that_are_no_digest": document(
+            receipt(proof(v=4, exactness="statistical", logits_sha256=numbers.upper()))
+        ),
         "a_peer": document(receipt(proof(PEER, price=Price("EUR", "0", "0", "2.5e-1")))),
         "two_choices": document(receipt(*two)),
         "two_prompts": document(receipt(*prompts)),

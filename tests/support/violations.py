@@ -112,6 +112,21 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "an older version": (about(v=1), "another v"),
     "a newer version": (about(v=3), "another v"),
     "a version that nobody asked for": (began(proof=3), "a version"),
+    "numbers in an older version": (about(logits_sha256=ELSE), "the fields of its version"),
+    "an exactness without numbers": (
+        Violation(
+            began=lambda one: replace(one, exactness="statistical"),
+            proof=lambda one: replace(one, v=4, exactness="statistical"),
+        ),
+        "the fields of its version",
+    ),
+    "an exactness that was not promised": (
+        Violation(
+            began=lambda one: replace(one, exactness="statistical"),
+            proof=lambda one: replace(one, v=4, exactness="bitwise:x", logits_sha256=ELSE),
+        ),
+        "another exactness",
+    ),
     "the older version, and the newer proof": (began(proof=1), "mark"),
     "a higher price": (dearer("0.001", "0.001", "0.002"), "higher price than offered"),
     "another currency": (dearer("0", "0", "0", currency="gold"), "higher price than offered"),

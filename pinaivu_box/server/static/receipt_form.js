@@ -191,6 +191,7 @@ export const proof = record({
   mark: [orNull(signature), null],
   v: [integer(), 2n],
   exactness: [name, undefined],
+  logits_sha256: [digest, undefined],
 });
 
 export const upstreamLeg = record({

@@ -159,13 +159,16 @@ function proofCheck(number, signed, receipt) {
   }
   const [v, most] = [proof.get("v"), receipt.get("v")];
   const least = v === EXACT_VERSION ? 2n : v; // of the receipt
-  const isExact = proof.has("exactness");
-  if (!PROOF_VERSIONS.includes(v) || least > most || isExact !== (v === EXACT_VERSION)) {
+  const hasFields = ["exactness", "logits_sha256"].every(
+    (field) => proof.has(field) === (v === EXACT_VERSION),
+  );
+  if (!PROOF_VERSIONS.includes(v) || least > most || !hasFields) {
     const known = PROOF_VERSIONS.join(", ");
     return fails(`a proof of version ${v} in a receipt of version ${most}; ${known} are known`);
   }
   const other = difference(proof, receipt, ["request_id", "model", "model_digest"]);
   if (other) return fails(other);
+  const isExact = proof.get("exactness")?.startsWith("bitwise:") ?? false;
   const claim =
     `it ran ${proof.get("model")} (file sha256 ${proof.get("model_digest")}) and made ` +
     `${proof.get("completion_tokens")} tokens` +
