@@ -51,6 +51,20 @@ def show(call: Call, request_id: str) -> None:
     "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
 )
 @click.option(
+    "--witness",
+    "witnesses",
+    metavar="HEX",
+    multiple=True,
+    help="The key of a box that has to have cosigned the checkpoint of the log (repeatable).",
+)
+@click.option(
+    "--quorum",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="How many of these witnesses suffice.  [default: all]",
+)
+@click.option("--require-log", is_flag=True, help="Fail if no proof says that a log has it.")
+@click.option(
     "--request",
     "request_file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -66,6 +80,9 @@ def verify(
     call: Call,
     file_or_id: str,
     node_key: str | None,
+    witnesses: tuple[str, ...],
+    quorum: int | None,
+    require_log: bool,
     request_file: Path | None,
     answer: Path | None,
 ) -> None:
@@ -74,12 +91,14 @@ def verify(
     FILE is the answer of GET /v1/receipts/{request_id} ('-': standard input); ID is a request id,
     whose receipt is read from the database in HOME.  Exits with 1 if a check fails.
     """
-    from pinaivu_box.receipts.verify import usual_stop, verify_receipt
+    from pinaivu_box.receipts.verify import verify_receipt
+    from pinaivu_box.receipts.verify_transcript import usual_stop
 
-    trusted = None if node_key is None else _node_key(node_key)
+    trusted = None if node_key is None else _node_key("--node-key", node_key)
+    log = _log_policy(require_log, witnesses, quorum)
     document = _document(call, file_or_id)
     transcript = _transcript(request_file, answer, usual_stop(document))
-    checks = verify_receipt(document, node_key=trusted, transcript=transcript)
+    checks = verify_receipt(document, node_key=trusted, log=log, transcript=transcript)
     if call.as_json:
         print_json(checks)
     else:
@@ -92,12 +111,22 @@ def verify(
         sys.exit(1)
 
 
-def _node_key(text: str) -> str:
+def _log_policy(required: bool, witnesses: tuple[str, ...], quorum: int | None) -> Any:
+    """What the options ask of the log.  Raises UsageError."""
+    from pinaivu_box.receipts.verify import LogPolicy
+
+    keys = tuple(dict.fromkeys(_node_key("--witness", text) for text in witnesses))
+    if quorum is not None and quorum > len(keys):
+        raise UsageError(f"--quorum: {quorum} of {len(keys)} witnesses: name more with --witness.")
+    return LogPolicy(required, keys, quorum)
+
+
+def _node_key(option: str, text: str) -> str:
     """The 64 hex digits of a key, with or without the prefix node_.  Raises UsageError."""
     key = text.strip().removeprefix(NODE_PREFIX).lower()
     if not re.fullmatch("[0-9a-f]{64}", key):
         raise UsageError(
-            f"--node-key: '{text[:80]}' is not a node key of 64 hex digits: 'pinaivu id' prints "
+            f"{option}: '{text[:80]}' is not a node key of 64 hex digits: 'pinaivu id' prints "
             "that of the box that it runs on."
         )
     return key

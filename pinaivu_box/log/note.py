@@ -112,9 +112,9 @@ def decode(text: str) -> bytes:
     try:
         data = base64.b64decode(text.encode("ascii"), validate=True)
     except (UnicodeEncodeError, binascii.Error):
-        raise NoteError("it contains a text that is not Base64") from None
+        data = b""
     if encode(data) != text:
-        raise NoteError("it contains Base64 in another spelling")
+        raise NoteError("it contains a text that is not Base64 in its one spelling")
     return data
 
 

@@ -244,13 +244,15 @@ class DocumentedFields(Struct, frozen=True):
 class ReceiptView(DocumentedFields, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The API's view: the documented fields, and the bytes that were signed.
 
-    `opening` (see `receipts.commitment`) is there for the owner of the key only.
+    `opening` (see `receipts.commitment`) is there for the owner of the key only.  `inclusion`, once
+    there is one, is the proof that the coordinator's log has the receipt (`log.entry_proof`).
     """
 
     coordinator_signature: str
     signed_receipt: str
     object: str = "receipt"
     opening: dict[str, Any] | None = None
+    inclusion: str | None = None
 
 
 def sampling_record(sampling: Sampling, max_tokens: int | None) -> dict[str, Any]:
@@ -286,7 +288,9 @@ def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
     return signed, identity.sign(RECEIPT_DOMAIN, signed)
 
 
-def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
+def view(
+    signed: bytes, signature: bytes, opening: bytes | None, inclusion: str | None = None
+) -> ReceiptView:
     """The view of a stored receipt, unchecked: `verify` checks it."""
     documented = msgspec.json.decode(signed, type=DocumentedFields)
     return ReceiptView(
@@ -294,6 +298,7 @@ def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
         coordinator_signature=signature.hex(),
         signed_receipt=signed.decode(),
         opening=None if opening is None else msgspec.json.decode(opening),
+        inclusion=inclusion,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -17,8 +16,8 @@ from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
-from pinaivu_box.receipts import answer, commitment
-from pinaivu_box.receipts.commitment import Opening
+from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts.checks import VerificationCheck, either
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     NOT_A_BOX,
@@ -40,60 +39,37 @@ from pinaivu_box.receipts.receipt import (
     total_cost,
     total_tokens,
 )
+from pinaivu_box.receipts.verify_inclusion import LogPolicy, log_checks
+from pinaivu_box.receipts.verify_transcript import Transcript, transcript_checks
+
+__all__ = [
+    "LogPolicy",
+    "Transcript",
+    "VerificationCheck",
+    "check_json",
+    "is_signed",
+    "read_proof",
+    "read_statement",
+    "verify_receipt",
+]
 
 _KNOWN = ", ".join(map(str, VERSIONS))
 _KNOWN_RECEIPTS = ", ".join(map(str, RECEIPT_VERSIONS))
 _HEX = re.compile("[0-9a-f]*")
 
 
-class VerificationCheck(Struct, frozen=True):
-    """One check: its name, whether it holds, and what that means (or what is wrong)."""
-
-    name: str
-    ok: bool
-    meaning: str
-
-
-def _either(name: str, ok: bool, holds: str, fails: str) -> VerificationCheck:
-    return VerificationCheck(name, ok, holds if ok else fails)
-
-
-def _matches(name: str, ok: bool, subject: str) -> VerificationCheck:
-    """Whether what the verifier gave is what a commitment of the receipt covers."""
-    return VerificationCheck(
-        f"{name} commitment", ok, f"{subject} {'' if ok else 'not '}what was committed to"
-    )
-
-
-class Transcript(Struct, frozen=True):
-    """What the owner may add, to check that the receipt is about this very exchange.
-
-    `prompts` are what was asked (see `commitment.prompt_text`), and `answer` is the text of the
-    answer or its JSON body (see `answer.read`).  The text of each choice begins with the one in
-    `echoed`, which is not the model's.
-    """
-
-    prompts: list[str] | None = None
-    echoed: list[str] = []
-    answer: bytes | None = None
-
-
-def usual_stop(document: bytes) -> list[str]:
-    """The stop strings of a receipt's model, which count where the request has none."""
-    try:
-        opening = msgspec.json.decode(document, type=ReceiptView).opening or {}
-        return msgspec.convert(opening.get("stop") or [], list[str])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return []  # `verify_receipt` says what is wrong
-
-
 def verify_receipt(
-    document: bytes, *, node_key: str | None = None, transcript: Transcript | None = None
+    document: bytes,
+    *,
+    node_key: str | None = None,
+    log: LogPolicy | None = None,
+    transcript: Transcript | None = None,
 ) -> list[VerificationCheck]:
     """Check a receipt as `GET /v1/receipts/{id}` serves it.
 
     `node_key`: the public key (64 hex digits, with or without `node_`) that the verifier trusts as
-    the coordinator's.  Stops after the first check without which the rest mean nothing.
+    the coordinator's.  `log`: what it asks of the log and its witnesses.  Stops after the first
+    check without which the rest mean nothing.
     """
     checks: list[VerificationCheck] = []
     try:
@@ -116,12 +92,11 @@ def verify_receipt(
         checks += [_order(receipt, proofs), _usage(receipt, proofs)]
         if proofs:
             checks.append(_payment(receipt, proofs))
+    checks += log_checks(view, receipt, log or LogPolicy())
     if node_key is not None:
         checks.append(_trusted(receipt, node_key))
-    if transcript is not None and transcript.prompts is not None:
-        checks.append(_prompts(view, receipt, transcript.prompts))
-    if transcript is not None and transcript.answer is not None:
-        checks.extend(_answer(view, receipt, transcript.answer, transcript.echoed))
+    if transcript is not None:
+        checks += transcript_checks(view, receipt, transcript)
     return checks
 
 
@@ -206,7 +181,7 @@ def _format(receipt: Receipt) -> VerificationCheck:
 def _coordinator(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
     signature = _hex(view.coordinator_signature)
     ok = verify(receipt.coordinator_id, RECEIPT_DOMAIN, view.signed_receipt.encode(), signature)
-    return _either(
+    return either(
         "coordinator signature",
         ok,
         f"{receipt.coordinator_id} signed every byte of this receipt",
@@ -217,7 +192,7 @@ def _coordinator(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
 def _shown_fields(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
     names = DocumentedFields.__struct_fields__
     different = [name for name in names if getattr(view, name) != getattr(receipt, name)]
-    return _either(
+    return either(
         "shown fields",
         not different,
         "the fields beside the signed receipt are the ones that were signed",
@@ -235,7 +210,7 @@ def _proof(
         return VerificationCheck(name, False, f"this is not a proof: {error}"), None
     if isinstance(proof, UpstreamLeg):
         why = _upstream_fault(proof, signed, receipt)
-        check = _either(f"leg {number}", not why, _said_of_upstream(proof, signed, receipt), why)
+        check = either(f"leg {number}", not why, _said_of_upstream(proof, signed, receipt), why)
         return check, None if why else proof
     if not is_signed(proof, signed):
         return VerificationCheck(name, False, f"the signature is not {proof.signer}'s"), None
@@ -318,7 +293,7 @@ def _order(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
         whole &= first == proof.prompt_commitment
     together = commitment.of_several([prompts[number] for number in sorted(prompts)])
     whole &= together == receipt.prompt_commitment
-    return _either(
+    return either(
         "legs",
         whole,
         "the proofs are about the prompt of this receipt, and no leg of an answer is missing",
@@ -337,7 +312,7 @@ def _usage(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
         and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
         and receipt.node_id == proofs[-1].node_id
     )
-    return _either(
+    return either(
         "usage",
         same,
         f"the tokens that were billed ({usage.prompt_tokens} prompt, {usage.completion_tokens} "
@@ -366,7 +341,7 @@ def _payment(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
         f"{usage.cached_tokens} cached ones at {price.cached} and {usage.completion_tokens} "
         f"completion tokens at {price.completion} per 1,000"
     )
-    return _either(
+    return either(
         "payment",
         ok,
         f"{receipt.payment_amount} {receipt.currency} is the price of {sum_text}",
@@ -377,93 +352,12 @@ def _payment(receipt: Receipt, proofs: list[LegStatement]) -> VerificationCheck:
 def _trusted(receipt: Receipt, node_key: str) -> VerificationCheck:
     expected = NODE_PREFIX + node_key.removeprefix(NODE_PREFIX).lower()
     ok = receipt.coordinator_id == expected
-    return _either(
+    return either(
         "trusted key",
         ok,
         "the signer is the box that you named",
         f"signed by {receipt.coordinator_id}, not by {expected}",
     )
-
-
-def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
-    opening = view.opening or {}
-    try:
-        values = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
-        pairs = zip(prompts, map(_read_opening, values), strict=True)
-        commitments = [
-            commitment.recompute(prompt, prompt_opening) for prompt, prompt_opening in pairs
-        ]
-        ok = commitment.of_several(commitments) == receipt.prompt_commitment
-    except (KeyError, TypeError, ValueError):
-        meaning = "the receipt has no opening for its prompt: ask the key's owner"
-        return VerificationCheck("prompt commitment", False, meaning)
-    return _matches("prompt", ok, "the prompt you gave is")
-
-
-def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
-    """The output's opening, if it is of the receipt's version."""
-    try:
-        opening = _read_opening((view.opening or {})["output"])
-        commitment.recompute("", opening)  # its hex
-        if receipt.v > 1:
-            commitment.reopen(opening)
-    except (KeyError, ValueError):
-        return None
-    has_tokens = bool(opening.tokens_sha256) == (receipt.v != UPSTREAM_VERSION)
-    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) and has_tokens else None
-
-
-def _read_opening(value: Any) -> Opening:
-    """Raises ValueError."""
-    opening = msgspec.convert(value, Opening)
-    if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
-        raise ValueError("another spelling")
-    return opening
-
-
-def _answer(
-    view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]
-) -> Iterator[VerificationCheck]:
-    """Everything that the answer holds: text, log-probabilities, vectors."""
-    opening = _opening(view, receipt)
-    if opening is None:
-        meaning = "the receipt has no opening for its output: ask the key's owner"
-        yield VerificationCheck("output commitment", False, meaning)
-        return
-    vectors = opening.vectors_sha256 not in ("", answer.NO_VECTORS)
-    try:
-        received = answer.read(data, vectors=vectors, echoed=echoed)
-    except answer.NoAnswer as error:
-        yield VerificationCheck("answer", False, f"the answer {error}")
-        return
-    if received.request_id is not None:
-        meaning = f"the answer is that of {received.request_id}"
-        same = received.request_id == receipt.request_id
-        yield _either("answer", same, meaning, f"{meaning}, not {receipt.request_id}")
-    if received.text is not None:
-        ok = commitment.recompute(received.text, opening) == receipt.output_commitment
-        yield _matches("output", ok, "the output you gave is")
-    elif received.vectors is None:
-        meaning = (
-            "the answer has calls or thoughts, and the model's own text, which is committed to, "
-            "cannot be had from them"
-        )
-        yield VerificationCheck("output commitment", False, meaning)
-    if receipt.v == 1:
-        if received.vectors is not None or received.has_logprobs:
-            meaning = (
-                "a receipt of version 1 commits to text and tokens only, and nothing in it says "
-                "whether the answer's log-probabilities or vectors are the ones that were sent"
-            )
-            yield VerificationCheck("answer", False, meaning)
-        return
-    bound = commitment.reopen(opening) == receipt.output_commitment
-    if received.logprobs is not None:
-        ok = bound and received.logprobs == opening.logprobs_sha256
-        yield _matches("log-probabilities", ok, "the log-probabilities of the answer are")
-    if received.vectors is not None:
-        ok = bound and received.vectors == opening.vectors_sha256
-        yield _matches("vectors", ok, "the vectors of the answer are")
 
 
 def _hex(text: str) -> bytes:

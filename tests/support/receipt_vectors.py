@@ -147,6 +147,12 @@ def _changed(leg: LegStatement, change: Callable[[Json], None]) -> Json:
 
 
 def vectors() -> dict[str, bytes]:
+    from tests.support.log_vectors import log_vectors  # which makes its receipts with this module
+
+    return receipts() | log_vectors()
+
+
+def receipts() -> dict[str, bytes]:
     one = receipt(proof())
     text = rfc8785.dumps(one).decode()
     opening = {
@@ -278,6 +284,8 @@ def vectors() -> dict[str, bytes]:
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     expected: dict[str, list[str]] = {}
+    for file in FOLDER.glob("*.json"):
+        file.unlink()
     for name, data in vectors().items():
         (FOLDER / f"{name}.json").write_bytes(data)
         expected[name] = [check.name for check in verify_receipt(data) if not check.ok]

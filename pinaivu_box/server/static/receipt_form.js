@@ -140,6 +140,7 @@ export const receiptView = record({
   signed_receipt: text(),
   object: [text(), "receipt"],
   opening: [orNull(object), null],
+  inclusion: [orNull(text()), null],
 });
 
 export const receipt = record({

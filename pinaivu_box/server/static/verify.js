@@ -4,7 +4,10 @@
 // receipts/verify.py; tests compare the two.  A signature says who claimed what; it does not say
 // that the claim is true.
 
+import { bytesOf, hexOf, utf8 } from "./bytes.js";
+import { check, either } from "./checks.js";
 import * as ed25519 from "./ed25519.js";
+import { logChecks } from "./log_checks.js";
 import { NoPrice, cost, decimal } from "./prices.js";
 import * as form from "./receipt_form.js";
 import { sha256 } from "./sha2.js";
@@ -19,26 +22,20 @@ const OPENED = ["prompt", "output", "legs", "prompts", "stop"];
 const OPENING = ["nonce", "tokens_sha256", "text_sha256", "logprobs_sha256", "vectors_sha256"];
 const PAUSE_EVERY_MS = 40; // the page goes on in between
 
-const utf8 = (text) => new TextEncoder().encode(text);
-const bytesOf = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));
-const hexOf = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0n);
-
-const check = (id, ok, text) => ({ id, ok, text });
-const either = (id, ok, holds, fails) => check(id, ok, ok ? holds : fails);
 
 /**
  * Check a receipt as `GET /v1/receipts/{request_id}` serves it: its bytes or its text, exactly as
  * they came, or the object that was read from them.
  *
  * `nodeKey`: the public key (64 hex digits, with or without `node_`) that the visitor trusts.
- * `onCheck` is called with each check once it is made.  Ends after the first check without which
- * the rest mean nothing.
+ * `log`: what the visitor asks of the log and its witnesses (see `logChecks`).  `onCheck` is called
+ * with each check once it is made.  Ends after the first check without which the rest mean nothing.
  */
-export async function verifyReceipt(view, { nodeKey = null, onCheck = () => {} } = {}) {
+export async function verifyReceipt(view, { nodeKey = null, log = {}, onCheck = () => {} } = {}) {
   const checks = [];
   let paused = Date.now();
-  for (const made of allChecks(view, nodeKey)) {
+  for (const made of allChecks(view, nodeKey, log)) {
     checks.push(made);
     onCheck(made);
     if (Date.now() - paused < PAUSE_EVERY_MS) continue;
@@ -48,7 +45,7 @@ export async function verifyReceipt(view, { nodeKey = null, onCheck = () => {} }
   return checks;
 }
 
-function* allChecks(document, nodeKey) {
+function* allChecks(document, nodeKey, log) {
   let view, receipt;
   try {
     view = parse(textIn(document));
@@ -76,6 +73,7 @@ function* allChecks(document, nodeKey) {
     yield usage(receipt, proofs);
     if (proofs.length) yield payment(receipt, proofs);
   }
+  yield* logChecks(view, receipt, log);
   if (nodeKey !== null) yield trusted(receipt, nodeKey);
 }
 

@@ -1,0 +1,129 @@
+"""Whether a receipt is about the exchange that its owner kept: the commitments, recomputed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from pinaivu_box.receipts import answer, commitment
+from pinaivu_box.receipts.checks import VerificationCheck, either, matches
+from pinaivu_box.receipts.commitment import Opening
+from pinaivu_box.receipts.receipt import UPSTREAM_VERSION, Receipt, ReceiptView
+
+_HEX = re.compile("[0-9a-f]*")
+
+
+class Transcript(Struct, frozen=True):
+    """What the owner may add, to check that the receipt is about this very exchange.
+
+    `prompts` are what was asked (see `commitment.prompt_text`), and `answer` is the text of the
+    answer or its JSON body (see `answer.read`).  The text of each choice begins with the one in
+    `echoed`, which is not the model's.
+    """
+
+    prompts: list[str] | None = None
+    echoed: list[str] = []
+    answer: bytes | None = None
+
+
+def usual_stop(document: bytes) -> list[str]:
+    """The stop strings of a receipt's model, which count where the request has none."""
+    try:
+        opening = msgspec.json.decode(document, type=ReceiptView).opening or {}
+        return msgspec.convert(opening.get("stop") or [], list[str])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []  # `verify_receipt` says what is wrong
+
+
+def transcript_checks(
+    view: ReceiptView, receipt: Receipt, transcript: Transcript
+) -> Iterator[VerificationCheck]:
+    if transcript.prompts is not None:
+        yield _prompts(view, receipt, transcript.prompts)
+    if transcript.answer is not None:
+        yield from _answer(view, receipt, transcript.answer, transcript.echoed)
+
+
+def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
+    opening = view.opening or {}
+    try:
+        values = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
+        pairs = zip(prompts, map(_read_opening, values), strict=True)
+        commitments = [
+            commitment.recompute(prompt, prompt_opening) for prompt, prompt_opening in pairs
+        ]
+        ok = commitment.of_several(commitments) == receipt.prompt_commitment
+    except (KeyError, TypeError, ValueError):
+        meaning = "the receipt has no opening for its prompt: ask the key's owner"
+        return VerificationCheck("prompt commitment", False, meaning)
+    return matches("prompt", ok, "the prompt you gave is")
+
+
+def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
+    """The output's opening, if it is of the receipt's version."""
+    try:
+        opening = _read_opening((view.opening or {})["output"])
+        commitment.recompute("", opening)  # its hex
+        if receipt.v > 1:
+            commitment.reopen(opening)
+    except (KeyError, ValueError):
+        return None
+    has_tokens = bool(opening.tokens_sha256) == (receipt.v != UPSTREAM_VERSION)
+    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) and has_tokens else None
+
+
+def _read_opening(value: Any) -> Opening:
+    """Raises ValueError."""
+    opening = msgspec.convert(value, Opening)
+    if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
+        raise ValueError("another spelling")
+    return opening
+
+
+def _answer(
+    view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]
+) -> Iterator[VerificationCheck]:
+    """Everything that the answer holds: text, log-probabilities, vectors."""
+    opening = _opening(view, receipt)
+    if opening is None:
+        meaning = "the receipt has no opening for its output: ask the key's owner"
+        yield VerificationCheck("output commitment", False, meaning)
+        return
+    vectors = opening.vectors_sha256 not in ("", answer.NO_VECTORS)
+    try:
+        received = answer.read(data, vectors=vectors, echoed=echoed)
+    except answer.NoAnswer as error:
+        yield VerificationCheck("answer", False, f"the answer {error}")
+        return
+    if received.request_id is not None:
+        meaning = f"the answer is that of {received.request_id}"
+        same = received.request_id == receipt.request_id
+        yield either("answer", same, meaning, f"{meaning}, not {receipt.request_id}")
+    if received.text is not None:
+        ok = commitment.recompute(received.text, opening) == receipt.output_commitment
+        yield matches("output", ok, "the output you gave is")
+    elif received.vectors is None:
+        meaning = (
+            "the answer has calls or thoughts, and the model's own text, which is committed to, "
+            "cannot be had from them"
+        )
+        yield VerificationCheck("output commitment", False, meaning)
+    if receipt.v == 1:
+        if received.vectors is not None or received.has_logprobs:
+            meaning = (
+                "a receipt of version 1 commits to text and tokens only, and nothing in it says "
+                "whether the answer's log-probabilities or vectors are the ones that were sent"
+            )
+            yield VerificationCheck("answer", False, meaning)
+        return
+    bound = commitment.reopen(opening) == receipt.output_commitment
+    if received.logprobs is not None:
+        ok = bound and received.logprobs == opening.logprobs_sha256
+        yield matches("log-probabilities", ok, "the log-probabilities of the answer are")
+    if received.vectors is not None:
+        ok = bound and received.vectors == opening.vectors_sha256
+        yield matches("vectors", ok, "the vectors of the answer are")
