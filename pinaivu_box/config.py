@@ -91,6 +91,20 @@ class RetentionConfig(Section, frozen=True):
     responses_mb_per_key: Annotated[float, Meta(gt=0)] = 100.0
 
 
+class ReceiptsConfig(Section, frozen=True):
+    """What is kept beside receipts."""
+
+    transcripts: Literal["none", "sealed", "plain"] = "none"
+
+
+class AuditConfig(Section, frozen=True):
+    """The share of what peers serve that is computed again: `sample`, and `first` of what each
+    serves first, and after a failed audit."""
+
+    sample: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    first: Annotated[float, Meta(ge=0, le=1)] = 0.2
+
+
 class PeeringServeConfig(Section, frozen=True):
     """The limits of peers; `pinaivu peers edit` sets others for one of them."""
 
@@ -213,6 +227,8 @@ class Config(Section, frozen=True):
     sampling: SamplingConfig = SamplingConfig()
     pricing: PricingConfig = PricingConfig()
     retention: RetentionConfig = RetentionConfig()
+    receipts: ReceiptsConfig = ReceiptsConfig()
+    audit: AuditConfig = AuditConfig()
     peering: PeeringConfig = PeeringConfig()
     registry: RegistryConfig = RegistryConfig()
     explorer: ExplorerConfig = ExplorerConfig()

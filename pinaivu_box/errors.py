@@ -306,6 +306,10 @@ class ReceiptNotFound(NotFound):
     code = "receipt_not_found"
 
 
+class TranscriptNotFound(NotFound):
+    code = "transcript_not_found"
+
+
 class PeerNotFound(NotFound):
     code = "peer_not_found"
 

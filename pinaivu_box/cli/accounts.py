@@ -163,7 +163,7 @@ def unlink_oidc(call: Call, name: str) -> None:
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def erase(call: Call, name: str, yes: bool) -> None:
-    """Erase an account: its chats, memories, stored responses and sessions.
+    """Erase an account: its chats, memories, responses, transcripts and sessions.
 
     They cannot be had back: export them first.  Its usage, receipts and the audit trail stay,
     without its name and those of its keys, which are revoked.  A removed account can be erased too.
@@ -180,7 +180,7 @@ def erase(call: Call, name: str, yes: bool) -> None:
     delete_all(call.home)
     click.echo(
         f"{account.name} was erased: {erased.conversations} conversations, {erased.memories} "
-        f"memories and {erased.responses} responses.",
+        f"memories, {erased.responses} responses and {erased.transcripts} transcripts.",
         err=True,
     )
     if call.as_json:

@@ -1,4 +1,4 @@
-"""`pinaivu receipts show|verify`."""
+"""`pinaivu receipts show|verify|transcript`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
+from pinaivu_box.cli.transcripts import key_file_option, stored_transcript
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
 
@@ -109,6 +110,20 @@ def verify(
             click.echo("   Compare the signer with the key that you trust, or use --node-key.")
     if not all(check.ok for check in checks):
         sys.exit(1)
+
+
+@receipts.command()
+@standard_options()
+@click.argument("file_or_id", metavar="FILE|ID")
+@key_file_option
+def transcript(call: Call, file_or_id: str, key_file: str | None) -> None:
+    """Print the transcript of a request as JSON: what an audit of it needs.
+
+    FILE is the answer of GET /v1/receipts/{request_id}/transcript ('-': standard input); ID is a
+    request id, whose transcript is read from the database in HOME.  A sealed one is opened with the
+    API key that made the request, as it was then.
+    """
+    print_json(stored_transcript(call, file_or_id, key_file))
 
 
 def _log_policy(required: bool, witnesses: tuple[str, ...], quorum: int | None) -> Any:

@@ -9,7 +9,8 @@ import msgspec
 from msgspec import UNSET
 
 from pinaivu_box import amount
-from pinaivu_box.gateway.backend import Job, committed
+from pinaivu_box.gateway import transcripts
+from pinaivu_box.gateway.asked import asked_text
 from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
@@ -34,6 +35,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import RequestRow, StoredReceipt, store_request
 from pinaivu_box.text import utc_text
 
@@ -44,8 +46,9 @@ class Meter:
         self._identity = identity
         self._database = database
 
-    async def record(self, record: RequestRecord, finish_reason: str) -> None:
-        """Sign and write; returns when usage, receipt and the key's counters are on disk."""
+    async def record(self, record: RequestRecord, finish_reason: str, key: Key) -> None:
+        """Sign and write; returns when usage, receipt, the transcript (if one is kept) and the
+        key's counters are on disk."""
         total_ms, job, last = record.elapsed_ms(), record.job, record.served[-1].started
         price = Price.of(record.prices, self._settings.config.pricing.currency)
         prompts = [
@@ -91,6 +94,7 @@ class Meter:
             _row(record, receipt, total_ms),
             StoredReceipt(signed, signature, msgspec.json.encode(opening)),
             record.period,
+            transcripts.to_store(record, key, self._settings.config.receipts.transcripts),
         )
 
     async def _prove(
@@ -226,14 +230,3 @@ def _routing(record: RequestRecord) -> dict[str, Any]:
     route = first.route or {"policy": "local", "chosen": first.started.node_id}
     legs = [leg.route for leg in others if leg.route]
     return {**route, "legs": legs} if legs else route
-
-
-def asked_text(job: Job) -> str:
-    """What the client asked, as the prompt's commitment covers it."""
-    if job.inputs is not None:
-        return commitment.prompt_text([], job.stop, input=job.inputs)
-    if job.prompt is None:
-        more = committed(job.tools, job.constraint)
-        return commitment.prompt_text(job.messages, job.stop, **more)
-    more = {"suffix": job.suffix} if job.suffix else {}
-    return commitment.prompt_text([], job.stop, prompt=[job.prompt], **more)

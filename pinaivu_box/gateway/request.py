@@ -165,7 +165,7 @@ class Request:
         finish_reason = await self._run_choices()
         if not record.served:
             raise stopped()
-        await self._meter.record(record, finish_reason)
+        await self._meter.record(record, finish_reason, self.key)
         record.metered = True
         return Finished(
             finish_reason,
@@ -205,7 +205,8 @@ class Request:
         """Tokens that were made and sent are accounted for, even if the rest never came."""
         if self.record.completion_tokens:
             try:
-                await self._meter.record(self.record, "cancelled" if self.cancelled else "error")
+                reason = "cancelled" if self.cancelled else "error"
+                await self._meter.record(self.record, reason, self.key)
                 self.record.metered = True
             except Exception:
                 log.exception("request %s: receipt not written", self.record.job.request_id)

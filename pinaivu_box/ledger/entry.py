@@ -29,6 +29,11 @@ MAX_PROOF_BYTES = 256 * 1024
 MAX_TEXT_CHARACTERS = 128  # of a request's id, or a currency
 _MAX_AMOUNT = 2**62  # of one entry; sums of entries fit into 64 bits, or are refused
 _MAX_RECENT_ENTRIES = 10_000  # of all peers
+_BALANCES = (
+    "SELECT *, (SELECT coalesce(sum(amount), 0) FROM ledger_disproofs AS disproof WHERE"
+    " disproof.peer = balance.peer AND disproof.currency = balance.currency) AS disproved"
+    " FROM ledger_balances AS balance"
+)
 _KEY = "peer = ?1 AND served_by_us = ?2 AND request_id = ?3 AND leg = ?4 AND choice = ?5"
 
 
@@ -84,7 +89,8 @@ class Balance(Struct, frozen=True):
 
     `served` and `received` are all there ever was; the `open_` ones are in no statement yet.
     `carried` is what unpaid statements leave owed to this box (below 0: by it).  `waiting` was
-    served, is not accepted yet and not written off.
+    served, is not accepted yet and not written off.  `disproved` is the price of what was received
+    and proven false by audits since: both boxes' books have it, and this one does not owe it.
     """
 
     served: int = 0
@@ -93,15 +99,16 @@ class Balance(Struct, frozen=True):
     open_received: int = 0
     carried: int = 0
     waiting: int = 0
+    disproved: int = 0
 
     @property
     def net(self) -> int:
-        """What the peer owes this box in total; below 0 what this box owes."""
+        """What the peer owes this box in total by both boxes' books; below 0 what this box owes."""
         return self.open_served - self.open_received + self.carried
 
     @property
     def owed_to_peer(self) -> int:
-        return max(-self.net, 0)
+        return max(-self.net - self.disproved, 0)
 
     @property
     def credit_used(self) -> int:
@@ -290,8 +297,7 @@ async def balance(database: Database, peer: str) -> dict[str, Balance]:
 async def balances(database: Database, peer: str | None = None) -> dict[str, dict[str, Balance]]:
     """The balances with a peer, or with all, by node id and currency."""
     rows = await database.read(
-        "SELECT * FROM ledger_balances WHERE peer = ?" if peer else "SELECT * FROM ledger_balances",
-        (peer,) if peer else (),
+        f"{_BALANCES} WHERE peer = ?" if peer else _BALANCES, (peer,) if peer else ()
     )
     by_peer: dict[str, dict[str, Balance]] = {}
     for row in rows:

@@ -112,3 +112,4 @@ class Erased(Struct, frozen=True):
     conversations: int
     memories: int
     responses: int
+    transcripts: int = 0

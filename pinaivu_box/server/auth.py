@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import sqlite3
 from collections.abc import Callable
 from functools import partial
 
@@ -122,6 +124,9 @@ class Authenticate:
         now = now_ms()
         if is_old and (key.old_until or 0) <= now:
             raise Unauthorized(f"The API key has been rotated: use {key.prefix}...{key.last_four}.")
+        if key.transcript_key is None and not is_old:
+            with contextlib.suppress(sqlite3.Error):  # the next request tries again
+                return await keys.keep_transcript_key(self._box.database, key, secret)
         return key
 
 

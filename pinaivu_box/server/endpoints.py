@@ -88,6 +88,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
              receipts.list_receipts, "List the receipts of an account (of all, for an admin key)"),
     Endpoint("GET", "/v1/receipts/{request_id}", "receipts",
              receipts.get_receipt, "Get the receipt of a request"),
+    Endpoint("GET", "/v1/receipts/{request_id}/transcript", "receipts",
+             receipts.get_transcript, "Get the transcript of a request, if one is kept"),
     Endpoint("GET", "/v1/explorer/receipts/{request_id}", "explorer",
              explorer.get_receipt, "Explain a receipt: who served the request, why, how proven"),
     Endpoint("GET", "/v1/explorer/network", "explorer",

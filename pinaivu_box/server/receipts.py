@@ -12,13 +12,14 @@ from pinaivu_box.admin import receipt_table
 from pinaivu_box.admin.lists import Page, page_of
 from pinaivu_box.admin.receipt_table import ReceiptLine
 from pinaivu_box.admin.usage_report import DAY_MS, parse_day
-from pinaivu_box.errors import ReceiptNotFound
+from pinaivu_box.errors import ReceiptNotFound, TranscriptNotFound
 from pinaivu_box.receipts.receipt import ReceiptView, view
+from pinaivu_box.receipts.transcript_view import TranscriptView, transcript_view
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of, named_field
 from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.server.usage import account_id, key_id
-from pinaivu_box.store import requests
+from pinaivu_box.store import requests, transcripts
 from pinaivu_box.store.requests import ListedReceipt
 
 
@@ -104,6 +105,21 @@ async def get_receipt(request: Request, request_id: str) -> ReceiptView:
             "key of the account that made the request."
         )
     return view(receipt.signed, receipt.signature, own.opening if own else None)
+
+
+async def get_transcript(request: Request, request_id: str) -> TranscriptView:
+    """As it is stored: a sealed one is opened by who has the secret, not here.
+
+    Only the account's own keys get it, no admin key of another.  Raises TranscriptNotFound.
+    """
+    database, key = box_of(request).database, key_of(request)
+    stored = await transcripts.find(database, request_id, account_id=key.account_id)
+    if stored is None:
+        raise TranscriptNotFound(
+            f"There is no transcript of {request_id[:100]} for this key: boxes keep none unless "
+            "[receipts] transcripts says so, and none of vectors, images and upstreams."
+        )
+    return transcript_view(request_id, stored.body, stored.sealed_to)
 
 
 def _listed(row: ListedReceipt) -> ReceiptOfKey:

@@ -143,7 +143,13 @@ async def erase(request: Request, body: Erase) -> JSON[Erased]:
     await forget_ended(box)
     box.requests.stop_account(account.id, error)  # what has begun meanwhile
     response = JSON[Erased](
-        Erased(account.id, erased.conversations, erased.memories, erased.responses)
+        Erased(
+            account.id,
+            erased.conversations,
+            erased.memories,
+            erased.responses,
+            erased.transcripts,
+        )
     )
     delete_cookie(request, response)
     return response

@@ -1,10 +1,11 @@
-"""Erases what an account has stored.  Sums, receipts and the audit trail stay, without its name."""
+"""Erases what an account has stored.  Sums, receipts and the audit trail stay, without its name;
+transcripts do not."""
 
 from __future__ import annotations
 
 import msgspec
 
-from pinaivu_box.store import account_secrets, conversations, memories, sessions
+from pinaivu_box.store import account_secrets, conversations, memories, sessions, transcripts
 from pinaivu_box.store.accounts import OWNER, Account
 from pinaivu_box.store.audit import ERASED, Actor, forget_names, note
 from pinaivu_box.store.database import Database, SqlStatement
@@ -17,16 +18,18 @@ class Erasure(msgspec.Struct, frozen=True):
     conversations: int
     memories: int
     responses: int
+    transcripts: int = 0
 
 
 async def erase(database: Database, account: Account, by: Actor) -> Erasure:
-    """Delete chats, memories, stored responses and sessions, and remove the account, whose name and
-    whose keys' names are replaced.  The owner's account stays, since the box needs an admin: it
-    loses its content and its password."""
+    """Delete chats, memories, stored responses, transcripts and sessions, and remove the account,
+    whose name and whose keys' names are replaced.  The owner's account stays, since the box needs
+    an admin: it loses its content and its password."""
     statements = _content(account.id)
     counts = await database.write(
         *statements,
         ("DELETE FROM responses WHERE account_id = ?", (account.id,)),
+        transcripts.delete_all(account.id),
         sessions.end_of_account(account.id),
         ("DELETE FROM login_links WHERE account_id = ?", (account.id,)),
         ("DELETE FROM account_identities WHERE account_id = ?", (account.id,)),
@@ -34,10 +37,14 @@ async def erase(database: Database, account: Account, by: Actor) -> Erasure:
         *(() if account.id == OWNER else _nameless(account)),
         note(by, "account.erase", account.id),
     )
-    if any(counts[: len(statements) + 1]):
+    if any(counts[: len(statements) + 2]):
         await database.scrub()
     _, deleted_conversations, deleted_memories = counts[:3]
-    return Erasure(deleted_conversations, deleted_memories, counts[len(statements)])
+    return Erasure(
+        deleted_conversations,
+        deleted_memories,
+        *counts[len(statements) : len(statements) + 2],
+    )
 
 
 async def erase_chats(database: Database, account_id: str, session_id: str, by: Actor) -> None:

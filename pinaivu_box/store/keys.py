@@ -16,6 +16,7 @@ from pinaivu_box import policy as policies
 from pinaivu_box.config import parse_span
 from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.policy import LONGEST_LIFE, Policy
+from pinaivu_box.receipts.transcript_sealing import public_half
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor, record
@@ -36,7 +37,9 @@ class Key(msgspec.Struct, frozen=True):
     `blocked` is the reason, if it is blocked.  `spent` is what it used of its budget in the period
     that began at `spent_since`, `spent_before` (JSON) the same of the other periods that it was
     charged in lately: the clock may have been wrong in any of them.  The secret before the last
-    rotation is valid until `old_until`.
+    rotation is valid until `old_until`.  `transcript_key` is what transcripts are sealed to, made
+    of the present secret (`receipts.transcript_sealing`); None until a key of an earlier version is
+    used.
     """
 
     id: str
@@ -58,6 +61,7 @@ class Key(msgspec.Struct, frozen=True):
     spent: int = 0
     spent_since: int = 0
     spent_before: str = "{}"
+    transcript_key: bytes | None = None
 
     @property
     def periods(self) -> dict[int, int]:
@@ -173,6 +177,7 @@ def new(
         policy=policy,
         created_at=now_ms(),
         expires_at=expires_at,
+        transcript_key=public_half(secret),
     )
     shown = (name, key.prefix, key.last_four)
     settings = (msgspec.json.encode(policy).decode(), key.created_at, expires_at)
@@ -182,9 +187,9 @@ def new(
         secret,
         (
             "INSERT INTO keys (id, hash, name, prefix, last_four, policy, created_at, expires_at,"
-            " account_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?,"
+            " transcript_key, account_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?,"
             " (SELECT id FROM accounts WHERE id = ? AND removed_at IS NULL))",
-            (key.id, hash_of(secret), *shown, *settings, account.id),
+            (key.id, hash_of(secret), *shown, *settings, key.transcript_key, account.id),
         ),
         record(by, "key.create", key.id, **detail, expires_at=time_text(expires_at)),
     )
@@ -194,6 +199,19 @@ async def find(database: Database, secret: str) -> tuple[Key, bool] | None:
     """The key with a secret, and whether that is its secret from before the last rotation."""
     rows = await database.read(FIND, (hash_of(secret),))
     return (_key(rows[0]), bool(rows[0]["old"])) if rows else None
+
+
+async def keep_transcript_key(database: Database, key: Key, secret: str) -> Key:
+    """Store what transcripts are sealed to, for a key of an earlier version, whose present secret
+    is at hand; returns the key with it."""
+    public = public_half(secret)
+    await database.write(
+        (
+            "UPDATE keys SET transcript_key = ? WHERE id = ? AND hash = ?",
+            (public, key.id, hash_of(secret)),
+        )
+    )
+    return msgspec.structs.replace(key, transcript_key=public)
 
 
 async def exist(database: Database, *, beside: str = "") -> bool:
@@ -352,19 +370,27 @@ async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tup
     if key.revoked_at is not None or key.expired(now):
         raise RowConflict(f"{key.id} is {key.state(now)}: a new secret would not work either.")
     secret = generate()
+    shown = (secret[:_SHOWN_CHARACTERS], secret[-4:])
     until = now + round(overlap * 1000)
     (changed, _) = await database.write(
         (
-            "UPDATE keys SET old_hash = hash, old_until = ?, hash = ?, prefix = ?, last_four = ?"
-            " WHERE id = ? AND revoked_at IS NULL",
-            (until, hash_of(secret), secret[:_SHOWN_CHARACTERS], secret[-4:], key.id),
+            "UPDATE keys SET old_hash = hash, old_until = ?, hash = ?, prefix = ?, last_four = ?,"
+            " transcript_key = ? WHERE id = ? AND revoked_at IS NULL",
+            (until, hash_of(secret), *shown, public_half(secret), key.id),
         ),
         record(by, "key.rotate", key.id, old_until=time_text(until)),
     )
     if not changed:
         raise RowConflict(f"{key.id} has just been revoked: a new secret would not work either.")
-    fields = {"prefix": secret[:_SHOWN_CHARACTERS], "last_four": secret[-4:], "old_until": until}
-    return msgspec.structs.replace(key, **fields), secret
+    prefix, last_four = shown
+    rotated = msgspec.structs.replace(
+        key,
+        prefix=prefix,
+        last_four=last_four,
+        old_until=until,
+        transcript_key=public_half(secret),
+    )
+    return rotated, secret
 
 
 async def revoke(database: Database, key: Key, by: Actor) -> Key:

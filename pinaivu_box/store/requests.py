@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 from ulid import ULID
 
-from pinaivu_box.store import keys
+from pinaivu_box.store import keys, transcripts
 from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.transcripts import StoredTranscript
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -36,10 +37,14 @@ class StoredReceipt(msgspec.Struct, frozen=True):
 
 
 async def store_request(
-    database: Database, row: RequestRow, receipt: StoredReceipt, period: int = 0
+    database: Database,
+    row: RequestRow,
+    receipt: StoredReceipt,
+    period: int = 0,
+    transcript: StoredTranscript | None = None,
 ) -> None:
-    """Store the usage row and the receipt of a request and add it to its key's counters, in one
-    transaction; it is on disk on return.
+    """Store the usage row, the receipt and the transcript of a request and add it to its key's
+    counters, in one transaction; it is on disk on return.
 
     Triggers add it to the sums of usage (schema.sql).  `period` is as in `keys.charge`.
     """
@@ -60,6 +65,7 @@ async def store_request(
             ),
         ),
         keys.charge(row.key_id, tokens=tokens, amount=row.amount, at=row.created_at, period=period),
+        *(() if transcript is None else (transcripts.storing(row.request_id, transcript),)),
     )
 
 

@@ -179,7 +179,46 @@ _TO_6 = (  # the pages: sessions, links for logging in, incidents, chats
 )
 _LOG: tuple[str, ...] = ()  # the log of receipts, and its checkpoints
 _WITNESSES: tuple[str, ...] = ()  # checkpoints of others, cosignatures, evidence
-_TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = ()
+_TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = (
+    "ALTER TABLE keys ADD COLUMN transcript_key BLOB",
+    """CREATE TABLE transcripts (
+        request_id  TEXT PRIMARY KEY,
+        sealed_to   BLOB,
+        body        BLOB NOT NULL
+    ) STRICT""",
+    """CREATE TRIGGER transcripts_go_with_receipts AFTER DELETE ON receipts BEGIN
+        DELETE FROM transcripts WHERE request_id = OLD.request_id;
+    END""",
+    """CREATE TABLE peer_audits (
+        node_id    TEXT PRIMARY KEY,
+        watched    INTEGER NOT NULL,
+        agreed     INTEGER NOT NULL,
+        failed     INTEGER NOT NULL,
+        disproved  INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE ledger_disproofs (
+        peer        TEXT NOT NULL,
+        request_id  TEXT NOT NULL,
+        leg         INTEGER NOT NULL,
+        choice      INTEGER NOT NULL,
+        at          INTEGER NOT NULL,
+        amount      INTEGER NOT NULL CHECK (amount >= 0),
+        currency    TEXT NOT NULL,
+        signed      BLOB NOT NULL,
+        signature   BLOB NOT NULL,
+        PRIMARY KEY (peer, request_id, leg, choice)
+    ) STRICT""",
+    """CREATE TRIGGER ledger_disproofs_are_not_changed BEFORE UPDATE ON ledger_disproofs WHEN 1
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    """CREATE TRIGGER ledger_disproofs_are_not_deleted BEFORE DELETE ON ledger_disproofs
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    """CREATE TRIGGER ledger_disproofs_are_not_replaced BEFORE INSERT ON ledger_disproofs
+    WHEN EXISTS (
+        SELECT 1 FROM ledger_disproofs WHERE peer = NEW.peer AND request_id = NEW.request_id
+            AND leg = NEW.leg AND choice = NEW.choice
+    )
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+)
 _TO_7 = (*_LOG, *_WITNESSES, *_TRANSCRIPTS_AND_AUDITS)
 # The first: from OLDEST_VERSION to the one after it.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6, _TO_7)

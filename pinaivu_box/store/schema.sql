@@ -36,7 +36,8 @@ CREATE TABLE keys (
     tokens        INTEGER NOT NULL DEFAULT 0,
     amount        INTEGER NOT NULL DEFAULT 0,
     spent         INTEGER NOT NULL DEFAULT 0,  -- of the budget, in the period that
-    spent_since   INTEGER NOT NULL DEFAULT 0   -- began then
+    spent_since   INTEGER NOT NULL DEFAULT 0,  -- began then
+    transcript_key  BLOB                       -- X25519: the public half that is made of the secret
 ) STRICT;
 CREATE INDEX keys_by_old_hash ON keys (old_hash) WHERE old_hash IS NOT NULL;
 CREATE INDEX keys_by_account ON keys (account_id, id);
@@ -722,5 +723,49 @@ END;
 -- Checkpoints of others, cosignatures, evidence.
 
 -- Transcripts and audits.
+
+-- What an audit of a request needs; goes with the request's receipt.
+CREATE TABLE transcripts (
+    request_id  TEXT PRIMARY KEY,
+    sealed_to   BLOB,          -- X25519: the public half of the key's secret; NULL: not sealed
+    body        BLOB NOT NULL
+) STRICT;
+CREATE TRIGGER transcripts_go_with_receipts AFTER DELETE ON receipts BEGIN
+    DELETE FROM transcripts WHERE request_id = OLD.request_id;
+END;
+
+-- What audits of peers have found.
+CREATE TABLE peer_audits (
+    node_id    TEXT PRIMARY KEY,
+    watched    INTEGER NOT NULL,  -- requests that it served, at first or since an audit failed
+    agreed     INTEGER NOT NULL,  -- legs
+    failed     INTEGER NOT NULL,
+    disproved  INTEGER NOT NULL   -- of the failed: those that are proof
+) STRICT, WITHOUT ROWID;
+
+-- Legs whose proofs an audit has shown to be false, with what shows it: not owed in our eyes.
+-- Nothing is changed or deleted.
+CREATE TABLE ledger_disproofs (
+    peer        TEXT NOT NULL,
+    request_id  TEXT NOT NULL,
+    leg         INTEGER NOT NULL,
+    choice      INTEGER NOT NULL,
+    at          INTEGER NOT NULL,
+    amount      INTEGER NOT NULL CHECK (amount >= 0),
+    currency    TEXT NOT NULL,
+    signed      BLOB NOT NULL,  -- the evidence, as this box signed it
+    signature   BLOB NOT NULL,
+    PRIMARY KEY (peer, request_id, leg, choice)
+) STRICT;
+CREATE TRIGGER ledger_disproofs_are_not_changed BEFORE UPDATE ON ledger_disproofs WHEN 1
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER ledger_disproofs_are_not_deleted BEFORE DELETE ON ledger_disproofs
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER ledger_disproofs_are_not_replaced BEFORE INSERT ON ledger_disproofs
+WHEN EXISTS (
+    SELECT 1 FROM ledger_disproofs WHERE peer = NEW.peer AND request_id = NEW.request_id
+        AND leg = NEW.leg AND choice = NEW.choice
+)
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 
 PRAGMA user_version = 7;

@@ -251,7 +251,7 @@ class Ledger:
     def __init__(self) -> None:
         self.recorded: list[tuple[RequestRecord, str]] = []
 
-    async def record(self, account: RequestRecord, finish_reason: str) -> None:
+    async def record(self, account: RequestRecord, finish_reason: str, _: object) -> None:
         await asyncio.sleep(0)
         self.recorded.append((account, finish_reason))
 

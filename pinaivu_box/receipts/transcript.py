@@ -1,0 +1,127 @@
+"""Transcripts: what an auditor needs of a request beside its receipt.  Pure.
+
+A transcript has what the receipt commits to: of each prompt its text and tokens, of each leg its
+tokens and text.  Beside these is what decided the draws and is in no proof: which of the tools
+could be called, the output's constraint, and what the template was given.  The signatures are the
+receipt's; a transcript has none, and is worth what `mismatch` finds: nothing unless it opens
+the receipt's commitments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pinaivu_box.engine.messages import Constraint, Tools
+from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts.commitment import Opening
+from pinaivu_box.receipts.receipt import LegStatement, Name, Proof, RequestId
+
+Token = Annotated[int, Meta(ge=0, lt=2**32)]
+
+
+class PromptTranscript(Struct, frozen=True, forbid_unknown_fields=True):
+    """Prompt number `prompt`: `asked` is its text as it is committed to (`commitment.prompt_text`),
+    `tokens` what the model was given.  `thinking`: they end in the model's thoughts."""
+
+    prompt: int
+    asked: str
+    tokens: list[Token]
+    thinking: bool = False
+
+
+class LegTranscript(Struct, frozen=True, forbid_unknown_fields=True):
+    """What one leg of a choice has made."""
+
+    choice: int
+    leg: int
+    tokens: list[Token]
+    text: str
+
+
+class RequestTranscript(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one request.  `tools` and `constraint` are as an engine got them, `template` are the
+    variables of the template beside the messages, and `system` is the model's own system prompt, if
+    it was put before the chat."""
+
+    request_id: RequestId
+    model: Name
+    prompts: list[PromptTranscript]
+    legs: list[LegTranscript]
+    tools: Tools | None = None
+    constraint: Constraint | None = None
+    template: dict[str, Any] = {}
+    system: str = ""
+    v: Literal[1] = 1
+
+    def prompt(self, number: int) -> PromptTranscript | None:
+        return next((each for each in self.prompts if each.prompt == number), None)
+
+    def leg(self, choice: int, leg: int) -> LegTranscript | None:
+        return next((one for one in self.legs if (one.choice, one.leg) == (choice, leg)), None)
+
+
+_decoder = msgspec.json.Decoder(RequestTranscript)
+
+
+def encode(transcript: RequestTranscript) -> bytes:
+    return msgspec.json.encode(transcript)
+
+
+def decode(data: bytes) -> RequestTranscript:
+    """Raises ValueError."""
+    try:
+        return _decoder.decode(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def mismatch(
+    transcript: RequestTranscript,
+    statement: LegStatement,
+    prompt: Opening,
+    output: Opening,
+) -> str:
+    """Why what a transcript has of a leg is not what its signed statement commits to, as the end of
+    a sentence; "" if it is.  `prompt` and `output` are the openings of its commitments."""
+    if transcript.request_id != statement.request_id:
+        return f"it is that of {transcript.request_id}"
+    if not isinstance(statement, Proof):
+        return "an upstream made the leg, of which no tokens are known"
+    asked = transcript.prompt(statement.prompt)
+    made = transcript.leg(statement.choice, statement.leg)
+    if asked is None or made is None:
+        return "it does not have the prompt, or the leg"
+    if _commitment(asked.asked, asked.tokens, prompt) != statement.prompt_commitment:
+        return "its prompt is not what was committed to"
+    if _commitment(made.text, made.tokens, output) != statement.output_commitment:
+        return "its output is not what was committed to"
+    return ""
+
+
+def _commitment(text: str, tokens: Sequence[int], opening: Opening) -> str:
+    """What they lead to; "" if the opening is none, or of other tokens."""
+    if opening.tokens_sha256 != commitment.tokens_sha256(tokens):
+        return ""
+    try:
+        return commitment.recompute(text, opening)
+    except ValueError:
+        return ""
+
+
+def openings_of(
+    opening: Mapping[str, Any], statements: Sequence[LegStatement]
+) -> list[tuple[Opening, Opening]]:
+    """The openings of each leg's prompt and output, in the order of the receipt's `statements`, out
+    of what a receipt's owner gets.  Raises ValueError."""
+    try:
+        prompts = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
+        legs = [msgspec.convert(each, Opening) for each in opening["legs"]]
+        by_number = [msgspec.convert(each, Opening) for each in prompts]
+        pairs = zip(statements, legs, strict=True)
+        return [(by_number[one.prompt], leg) for one, leg in pairs]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("the receipt has no openings for its legs") from error

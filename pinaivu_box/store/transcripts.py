@@ -1,0 +1,45 @@
+"""Transcripts of requests, plain or sealed.  They are deleted with their receipts, by a trigger."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from pinaivu_box.store.database import Database, SqlStatement
+
+
+class StoredTranscript(Struct, frozen=True):
+    """`body` is the JSON of a `receipts.transcript`; sealed to `sealed_to` (see
+    `receipts.transcript_sealing`) unless that is None."""
+
+    body: bytes
+    sealed_to: bytes | None = None
+
+
+def storing(request_id: str, transcript: StoredTranscript) -> SqlStatement:
+    """The statement that stores it, for the transaction of its receipt."""
+    return (
+        "INSERT INTO transcripts (request_id, sealed_to, body) VALUES (?, ?, ?)",
+        (request_id, transcript.sealed_to, transcript.body),
+    )
+
+
+async def find(
+    database: Database, request_id: str, *, account_id: str | None
+) -> StoredTranscript | None:
+    """The transcript of a request, if it is of that account; of any account if that is None."""
+    rows = await database.read(
+        "SELECT body, sealed_to FROM transcripts JOIN receipts USING (request_id)"
+        " JOIN keys ON keys.id = receipts.key_id"
+        " WHERE request_id = ?1 AND (?2 IS NULL OR keys.account_id = ?2)",
+        (request_id, account_id),
+    )
+    return StoredTranscript(*rows[0]) if rows else None
+
+
+def delete_all(account_id: str) -> SqlStatement:
+    """The statement that deletes those of an account."""
+    return (
+        "DELETE FROM transcripts WHERE request_id IN (SELECT request_id FROM receipts WHERE"
+        " account_id = ?)",
+        (account_id,),
+    )
