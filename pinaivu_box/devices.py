@@ -54,7 +54,7 @@ class DeviceMonitor:
         self._reading = asyncio.Lock()
         self._joining: asyncio.Future[list[Device]] | None = None
         self.devices: list[Device] = []  # as they were read last
-        self.backends: list[messages.Backend] = []  # of ggml, beside the CPU's
+        self.backends: list[messages.GgmlBackend] = []  # of ggml, beside the CPU's
         self.failure = ""  # why there is no list, as the end of a sentence
 
     @property

@@ -25,7 +25,7 @@ from pinaivu_box.bench.plot import svg
 from pinaivu_box.bench.report import document, notes, rows
 from pinaivu_box.bench.run import Measured, RunPlan, Tenant
 from pinaivu_box.bench.statistics import gaps, jain, percentile, quantiles, summarise
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import BenchTarget
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
@@ -317,7 +317,7 @@ def asked(answer: bytes) -> RequestOutcome:
     async def run() -> RequestOutcome:
         found = RequestOutcome()
         async with answering(answer) as url:
-            target = Target.parse(url, model="m")
+            target = BenchTarget.parse(url, model="m")
             await stream(target, target.message(HELLO), found, 30)
         return found
 
@@ -390,7 +390,7 @@ def test_a_stream_that_ends_without_closing_bytes_is_complete_after_done() -> No
 def test_an_address_without_a_server_is_an_error(closed_port: int) -> None:
     async def run() -> RequestOutcome:
         found = RequestOutcome()
-        target = Target.parse(f"http://127.0.0.1:{closed_port}", model="m")
+        target = BenchTarget.parse(f"http://127.0.0.1:{closed_port}", model="m")
         await stream(target, target.message(HELLO), found, 30)
         return found
 
@@ -416,7 +416,7 @@ def closed_port() -> Iterator[int]:
     ],
 )
 def test_a_url_has_a_host_a_port_and_a_path(url: str, where: tuple[str, int, str]) -> None:
-    target = Target.parse(url)
+    target = BenchTarget.parse(url)
     assert (target.host, target.port, target.path) == where
     assert (target.tls is not None) == url.startswith("https")
 
@@ -424,12 +424,15 @@ def test_a_url_has_a_host_a_port_and_a_path(url: str, where: tuple[str, int, str
 @pytest.mark.parametrize("url", ["localhost:4001", "ftp://a", "http://", "http://a:x", "x"])
 def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is not a URL"):
-        Target.parse(url)
+        BenchTarget.parse(url)
 
 
 # -- reports -------------------------------------------------------------------------------------
 
-TARGETS = [Target.parse("http://one:1", key="sk-secret", model="<m>"), Target.parse("http://b:2")]
+TARGETS = [
+    BenchTarget.parse("http://one:1", key="sk-secret", model="<m>"),
+    BenchTarget.parse("http://b:2"),
+]
 RUNS = [made_run(target, pair, 10.0 + pair) for pair in range(2) for target in range(2)]
 
 

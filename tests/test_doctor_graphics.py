@@ -12,7 +12,7 @@ from pinaivu_box.devices import Device
 from pinaivu_box.doctor import graphics
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.doctor.graphics import Seen, judge
-from pinaivu_box.engine.messages import Backend
+from pinaivu_box.engine.messages import GgmlBackend
 from pinaivu_box.nvml import GpuStatus
 from tests.support import fake_gpu
 from tests.support.process_box import pinaivu
@@ -22,7 +22,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:5
 NVIDIA, AMD, INTEL, VIRTUAL = "0x10de", "0x1002", "0x8086", "0x1234"
 CPU = Device("CPU", "A processor", "cpu", total=8 << 30, free=4 << 30)
 LIBCUDA = "libcuda.so.1"
-NO_CUBLAS = Backend("cuda", problem="libcublas.so.13: not found", missing="libcublas.so.13")
+NO_CUBLAS = GgmlBackend("cuda", problem="libcublas.so.13: not found", missing="libcublas.so.13")
 
 
 def machine(root: Path, *vendors: str, driver: str = "", nodes: bool = True) -> Path:
@@ -65,17 +65,19 @@ def has_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
          "this build has no CUDA backend", "build/run --cuda"),
         ((NVIDIA,), "580.95.05", Seen(cuda="13.0", backends=(NO_CUBLAS,)),
          "needs libcublas.so.13, which is nowhere here", "pip install nvidia-cublas==13.*"),
-        ((NVIDIA,), "580.95.05", Seen(backends=(Backend("cuda", problem="x", missing=LIBCUDA),)),
+        ((NVIDIA,), "580.95.05",
+         Seen(backends=(GgmlBackend("cuda", problem="x", missing=LIBCUDA),)),
          "no libcuda.so.1", "libcuda1"),
-        ((NVIDIA,), "580.95.05", Seen(backends=(Backend("cuda", problem="not for this version"),)),
+        ((NVIDIA,), "580.95.05",
+         Seen(backends=(GgmlBackend("cuda", problem="not for this version"),)),
          "cannot be loaded (not for this version)", "compile it anew"),
-        ((NVIDIA,), "580.95.05", Seen(backends=(Backend("cuda"),)),
+        ((NVIDIA,), "580.95.05", Seen(backends=(GgmlBackend("cuda"),)),
          "CUDA shows no device", "CUDA_VISIBLE_DEVICES"),
         ((AMD,), "", Seen(), "an AMD (1002:2504) card, and this build has no backend", "--vulkan"),
         ((INTEL,), "", Seen(), "an Intel (8086:2504) card", "--vulkan"),
-        ((AMD,), "", Seen(backends=(Backend("vulkan", problem="x", missing="libvulkan.so.1"),)),
+        ((AMD,), "", Seen(backends=(GgmlBackend("vulkan", problem="x", missing="libvulkan.so.1"),)),
          "needs libvulkan.so.1", "libvulkan1"),
-        ((AMD,), "", Seen(backends=(Backend("vulkan"),)), "Vulkan shows no device", "mesa"),
+        ((AMD,), "", Seen(backends=(GgmlBackend("vulkan"),)), "Vulkan shows no device", "mesa"),
         ((NVIDIA,), "580.95.05", Seen(failure="the engine crashed with signal 11: oops"),
          "cannot be listed: the engine crashed", "driver"),
     ],
@@ -90,12 +92,14 @@ def test_a_gpu_that_is_not_used_is_explained(
 
 def test_a_driver_without_its_devices_is_a_container_without_the_gpu(tmp_path: Path) -> None:
     root = machine(tmp_path, NVIDIA, driver="580.95.05", nodes=False)
-    (check,) = judge(root, Seen(backends=(Backend("cuda"),)))
+    (check,) = judge(root, Seen(backends=(GgmlBackend("cuda"),)))
     assert "/dev/nvidia" in check.found and "--gpus all" in check.todo
 
 
 def test_gpus_that_are_used_are_named_with_their_memory(tmp_path: Path) -> None:
-    seen = Seen((CPU, gpu("CUDA0", 1), gpu("Vulkan0", 2)), (Backend("cuda", 1),), driver="580.95")
+    seen = Seen(
+        (CPU, gpu("CUDA0", 1), gpu("Vulkan0", 2)), (GgmlBackend("cuda", 1),), driver="580.95"
+    )
     checks = list(judge(machine(tmp_path, NVIDIA, AMD, driver="580.95"), seen))
     assert [check.state for check in checks] == ["ok", "ok"]
     assert "CUDA0: RTX 3060" in checks[0].found and "driver 580.95" in checks[0].found
@@ -103,13 +107,13 @@ def test_gpus_that_are_used_are_named_with_their_memory(tmp_path: Path) -> None:
 
 
 def test_a_second_card_that_is_not_used_is_told_beside_the_first(tmp_path: Path) -> None:
-    seen = Seen((CPU, gpu("CUDA0", 1)), (Backend("cuda", 1),), driver="580.95")
+    seen = Seen((CPU, gpu("CUDA0", 1)), (GgmlBackend("cuda", 1),), driver="580.95")
     used, unused = judge(machine(tmp_path, NVIDIA, AMD, driver="580.95"), seen)
     assert used.state == "ok" and unused.state == "warning" and "AMD" in unused.found
 
 
 def test_a_stand_in_for_cublas_is_told_with_what_it_costs(tmp_path: Path) -> None:
-    backend = Backend("cuda", 1, stand_ins=["libcublas.so.13"])
+    backend = GgmlBackend("cuda", 1, stand_ins=["libcublas.so.13"])
     (check,) = judge(machine(tmp_path, NVIDIA, driver="580.95"), Seen((gpu(),), (backend,)))
     assert check.state == "warning" and "F16, BF16 or F32 run on the CPU" in check.found
 

@@ -12,7 +12,7 @@ import pytest
 
 from pinaivu_box.cli.chat import images
 from pinaivu_box.cli.chat.printer import Printer
-from pinaivu_box.cli.chat.settings import ChatSettings
+from pinaivu_box.cli.chat.settings import TerminalSettings
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.errors import UsageError
 from pinaivu_box.models import bundled
@@ -257,7 +257,7 @@ def test_a_message_may_begin_with_the_path_of_a_file(tmp_path: Path) -> None:
 
 
 def test_settings_become_fields_of_a_request() -> None:
-    settings = ChatSettings()
+    settings = TerminalSettings()
     for name, text in (("temperature", "0.5"), ("num_predict", "7"), ("think", "off")):
         settings.set(name, text)
     settings.set("format", "json")

@@ -25,7 +25,7 @@ import msgspec
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 
 if TYPE_CHECKING:
-    from pinaivu_box.bench.target import Target
+    from pinaivu_box.bench.target import BenchTarget
 
 _MAX_ERROR_BODY_BYTES = 64 * 1024
 # Shared by all connections: its content is copied before the next read.
@@ -185,7 +185,9 @@ class StreamProtocol(asyncio.BufferedProtocol):
             self._transport.close()
 
 
-async def stream(target: Target, message: bytes, outcome: RequestOutcome, timeout: float) -> None:
+async def stream(
+    target: BenchTarget, message: bytes, outcome: RequestOutcome, timeout: float
+) -> None:
     """Send a request and wait for its end; failures are in the outcome.  `timeout` in seconds.
 
     If `started` of the outcome is set, it is kept: the time at which the request was due.

@@ -9,7 +9,7 @@ import msgspec
 
 from pinaivu_box.bench.run import RunPlan, measure
 from pinaivu_box.bench.statistics import Quantiles, Summary, gaps, succeeded, summarise, ttft
-from pinaivu_box.bench.target import Target, measure_scale, named
+from pinaivu_box.bench.target import BenchTarget, measure_scale, named
 
 _FIGURES = ("tokens_per_s", "requests_per_s", "ttft_ms", "gap_ms", "per_token_ms", "latency_ms")
 _FURTHER_FIGURES = ("jain_per_client", "jain_per_tenant", "tokens_per_arrival", "client_load")
@@ -41,7 +41,9 @@ def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
         yield from ((pair, target) for target in order)
 
 
-async def prepare(targets: Sequence[Target], plan: RunPlan) -> tuple[list[Target], RunPlan]:
+async def prepare(
+    targets: Sequence[BenchTarget], plan: RunPlan
+) -> tuple[list[BenchTarget], RunPlan]:
     """The targets with their models, and the plan with the scale of the first one's tokenizer.
 
     Every server is asked, so that it has loaded its model.  Raises CliError.
@@ -53,7 +55,7 @@ async def prepare(targets: Sequence[Target], plan: RunPlan) -> tuple[list[Target
 
 
 async def run_turn(
-    targets: Sequence[Target],
+    targets: Sequence[BenchTarget],
     plan: RunPlan,
     pair: int,
     target: int,

@@ -8,7 +8,7 @@ from html import escape
 
 from pinaivu_box.bench.compare import BenchRun
 from pinaivu_box.bench.statistics import percentile
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import BenchTarget
 
 WIDTH, HEIGHT = 1000, 440
 _TOP, _PLOT_HEIGHT, _PLOT_WIDTH = 80, 280, 400
@@ -19,7 +19,7 @@ _DASHES = ("", "7 4")
 _TAIL = 0.999  # the axis ends at this percentile, so that an outlier does not compress it
 
 
-def svg(targets: list[Target], runs: list[BenchRun]) -> str:
+def svg(targets: list[BenchTarget], runs: list[BenchRun]) -> str:
     """An SVG of two panels, with one curve for all runs of a server."""
     panels = (("Time to first token", "ttfts"), ("Gap between tokens", "gaps"))
     parts = [
@@ -38,7 +38,7 @@ def svg(targets: list[Target], runs: list[BenchRun]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _legend(targets: list[Target]) -> list[str]:
+def _legend(targets: list[BenchTarget]) -> list[str]:
     parts = []
     for number, target in enumerate(targets):
         y = 20 + 20 * number

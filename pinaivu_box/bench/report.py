@@ -10,7 +10,7 @@ import msgspec
 
 from pinaivu_box.bench.compare import BenchRun, medians, ratios
 from pinaivu_box.bench.run import RunPlan
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import BenchTarget
 
 # The figures that are shown, with their labels; the others are only in the JSON.
 _LABELS = {
@@ -35,7 +35,7 @@ _MAX_CLIENT_LOAD = 0.8  # of a core; above, the client may be the bottleneck
 
 
 def document(
-    targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str
+    targets: list[BenchTarget], plan: RunPlan, runs: list[BenchRun], started_at: str
 ) -> dict[str, Any]:
     """The document of `--json`, without keys.  Times are in milliseconds if the name says so."""
     settings = msgspec.to_builtins(plan)
@@ -57,7 +57,7 @@ def document(
     }
 
 
-def rows(targets: list[Target], runs: list[BenchRun]) -> list[list[str]]:
+def rows(targets: list[BenchTarget], runs: list[BenchRun]) -> list[list[str]]:
     """Rows: name, the median of each server and, for two servers, `ratio (min to max)`."""
     per_target = [medians(runs, number) for number in range(len(targets))]
     compared = ratios(runs)
@@ -77,7 +77,7 @@ def rows(targets: list[Target], runs: list[BenchRun]) -> list[list[str]]:
     return [*_counts(len(targets), runs), *figures]
 
 
-def notes(targets: list[Target], runs: list[BenchRun]) -> Iterator[str]:
+def notes(targets: list[BenchTarget], runs: list[BenchRun]) -> Iterator[str]:
     """Sentences about what may make the figures misleading."""
     for number, target in enumerate(targets):
         own = [run.summary for run in runs if run.target == number]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from pinaivu_box.bench.client import RequestOutcome, stream
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import BenchTarget
 from pinaivu_box.bench.workload import Workload, WorkloadRequest, arrivals
 
 _POLL_SECONDS = 0.01
@@ -82,7 +82,7 @@ class Measured(msgspec.Struct):
 
 
 async def measure(
-    target: Target, plan: RunPlan, ended: Callable[[], None] = lambda: None
+    target: BenchTarget, plan: RunPlan, ended: Callable[[], None] = lambda: None
 ) -> Measured:
     """Run the plan; `ended` is called at the end of each measured request."""
     if plan.warmup:
@@ -91,7 +91,7 @@ async def measure(
 
 
 class _Run:
-    def __init__(self, target: Target, plan: RunPlan, ended: Callable[[], None]) -> None:
+    def __init__(self, target: BenchTarget, plan: RunPlan, ended: Callable[[], None]) -> None:
         self._target = target
         self._plan = plan
         self._ended = ended

@@ -18,7 +18,7 @@ _PROBES = (8, 136)  # words of the two prompts that determine the scale
 _PROBE_SECONDS = 600.0  # the server may have to load the model first
 
 
-class Target(msgspec.Struct, frozen=True):
+class BenchTarget(msgspec.Struct, frozen=True):
     """Where requests go.  `url` is as given; `fields` are added to every body."""
 
     url: str
@@ -39,7 +39,7 @@ class Target(msgspec.Struct, frozen=True):
         model: str = "",
         fields: dict[str, Any] | None = None,
         tls: ssl.SSLContext | None = None,
-    ) -> Target:
+    ) -> BenchTarget:
         """`http://host:port`, its `/v1`, or the whole address of its chat completions.
 
         `tls` verifies the server, if not the system's authorities are to do so.
@@ -93,7 +93,7 @@ class Target(msgspec.Struct, frozen=True):
         return "\r\n".join([*head, "", ""]).encode() + body
 
 
-async def named(target: Target) -> Target:
+async def named(target: BenchTarget) -> BenchTarget:
     """The target with a model, by default the first of the server.  Raises CliError."""
     if target.model:
         return target
@@ -117,7 +117,7 @@ async def named(target: Target) -> Target:
     return msgspec.structs.replace(target, model=str(model))
 
 
-async def measure_scale(target: Target, workload: Workload) -> Scale:
+async def measure_scale(target: BenchTarget, workload: Workload) -> Scale:
     """Send two short requests, which load the model, and return how the server counts tokens.
 
     If the server reports no usage, one token per word is assumed.  Raises CliError.

@@ -27,7 +27,7 @@ from pinaivu_box.openai.conversations import (
     TextFile,
 )
 from pinaivu_box.store import conversations as rows
-from pinaivu_box.store.conversations import ConversationRow, MessageRow, Sizes
+from pinaivu_box.store.conversations import ChatSizes, ConversationRow, MessageRow
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.text import number
@@ -42,7 +42,7 @@ MAX_CONVERSATION_BYTES = 64_000_000  # of its messages, before another one
 MAX_BYTES = 4_000_000_000  # of an account's messages
 _MAX_SEARCHED_BYTES = 64_000_000  # by one search
 _MAX_SEARCH_SECONDS = 2.0
-_ANYTHING = Sizes(0, 1)
+_ANYTHING = ChatSizes(0, 1)
 _SEARCHED, _MAX_READ_BYTES = 50, 16_000_000  # conversations that are read at once
 
 
@@ -121,14 +121,14 @@ class Chats:
         now = at or now_ms()
         content = SealedConversation(title, model, system, memory, None)
         row = self._row(new_id("conv"), now, now, content)
-        room = Sizes(MAX_CONVERSATIONS - 1, MAX_BYTES - size)
+        room = ChatSizes(MAX_CONVERSATIONS - 1, MAX_BYTES - size)
         (created,) = await self._database.write(rows.insert(row, self._account, room))
         if not created:
-            await self.check_room(Sizes(1, size))
+            await self.check_room(ChatSizes(1, size))
             raise RowNotFound("The account was removed meanwhile.")
         return _shown(row, content)
 
-    async def check_room(self, more: Sizes = _ANYTHING) -> None:
+    async def check_room(self, more: ChatSizes = _ANYTHING) -> None:
         """Raises RowConflict if that much more cannot be stored for the account."""
         sizes = await rows.sizes(self._database, self._account)
         conversations, total = sizes.conversations + more.conversations, sizes.bytes + more.bytes

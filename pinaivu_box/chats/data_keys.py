@@ -28,7 +28,7 @@ from pinaivu_box.store.times import now_ms
 WRAPPINGS = (PASSWORD, FORMER, PASSPHRASE, NONE)  # of which an account has one
 
 
-class State(msgspec.Struct, frozen=True):
+class DataKeyState(msgspec.Struct, frozen=True):
     """`sealed` is None before the account's first login.  `lost`: by a password that was replaced
     by somebody who did not know it."""
 
@@ -37,7 +37,7 @@ class State(msgspec.Struct, frozen=True):
     lost: bool
 
 
-async def state_of(database: Database, account_id: str) -> State:
+async def state_of(database: Database, account_id: str) -> DataKeyState:
     kinds = await account_secrets.of(database, account_id)
     sealed: Sealed | None = None
     if PASSWORD in kinds or FORMER in kinds:
@@ -46,7 +46,7 @@ async def state_of(database: Database, account_id: str) -> State:
         sealed = "passphrase"
     elif NONE in kinds:
         sealed = "none"
-    return State(sealed, RECOVERY in kinds, lost=FORMER in kinds)
+    return DataKeyState(sealed, RECOVERY in kinds, lost=FORMER in kinds)
 
 
 async def at_login(database: Database, account_id: str, password: str) -> bytes | None:

@@ -30,7 +30,7 @@ from pinaivu_box.openai.conversations import (
     TextFile,
 )
 from pinaivu_box.openai.memories import Memory
-from pinaivu_box.store.conversations import Sizes
+from pinaivu_box.store.conversations import ChatSizes
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.text import encodable
 
@@ -83,7 +83,7 @@ async def import_all(chats: Chats, memories: Memories, file: Portable) -> Import
         for number, conversation in enumerate(file.conversations)
     ]
     sizes = await asyncio.to_thread(lambda: [stored_size(tree.messages) for tree in trees])
-    await chats.check_room(Sizes(len(trees), sum(sizes)))
+    await chats.check_room(ChatSizes(len(trees), sum(sizes)))
     for conversation, tree, size in zip(file.conversations, trees, sizes, strict=True):
         await _import(chats, conversation, tree, size)
         await asyncio.sleep(0)  # others have their turn

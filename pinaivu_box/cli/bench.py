@@ -17,7 +17,7 @@ from pinaivu_box.bench.compare import BenchRun, prepare, run_turn, turns
 from pinaivu_box.bench.plot import svg
 from pinaivu_box.bench.report import document, notes, rows
 from pinaivu_box.bench.run import RunPlan, Tenant
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import BenchTarget
 from pinaivu_box.bench.workload import Lengths, Workload
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import own_server_context
@@ -91,8 +91,8 @@ def bench(call: Call, urls: tuple[str, ...], plot: Path | None, **options: Any) 
 
 
 async def _measure(
-    targets: list[Target], plan: RunPlan, pairs: int
-) -> tuple[list[Target], RunPlan, list[BenchRun]]:
+    targets: list[BenchTarget], plan: RunPlan, pairs: int
+) -> tuple[list[BenchTarget], RunPlan, list[BenchRun]]:
     """Run the plan; the returned targets and plan are complete with what the servers say.
 
     On a terminal, standard error shows the requests of the run and the speed of completed runs.
@@ -126,7 +126,7 @@ async def _measure(
 
 
 def _print(
-    targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str | None
+    targets: list[BenchTarget], plan: RunPlan, runs: list[BenchRun], started_at: str | None
 ) -> None:
     """`started_at` (RFC 3339) is for JSON; without it a table is printed."""
     if started_at:
@@ -140,7 +140,7 @@ def _print(
         click.echo(f"pinaivu: {note}", err=True)
 
 
-def _write_plot(path: Path, targets: list[Target], runs: list[BenchRun]) -> None:
+def _write_plot(path: Path, targets: list[BenchTarget], runs: list[BenchRun]) -> None:
     try:
         path.write_text(svg(targets, runs))
     except OSError as error:
@@ -186,7 +186,7 @@ def _tenant(text: str) -> Tenant:
     return Tenant(name, count, key or None)
 
 
-def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
+def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[BenchTarget]:
     key = options["key"] or os.environ.get("PINAIVU_API_KEY", "")
     keys = (key, key if options["key2"] is None else options["key2"])
     models = (options["model"], options["model2"])
@@ -199,7 +199,7 @@ def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
     }
     common = {name: value for name, value in sampling.items() if value is not None}
     return [
-        Target.parse(
+        BenchTarget.parse(
             url,
             key=keys[n],
             model=models[n] or "",

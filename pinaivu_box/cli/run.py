@@ -10,7 +10,7 @@ import click
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.chat.conversation import TerminalConversation
 from pinaivu_box.cli.chat.server import ChatServer, key_of
-from pinaivu_box.cli.chat.settings import ChatSettings
+from pinaivu_box.cli.chat.settings import TerminalSettings
 from pinaivu_box.cli.chat.terminal import chat, line_reader, printer_of_stdout
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.pull import pulled, reference_of
@@ -66,9 +66,9 @@ def _note(text: str) -> None:
     click.echo(click.style(text, dim=True) if sys.stderr.isatty() else text, err=True)
 
 
-def _settings(assignments: tuple[str, ...]) -> ChatSettings:
+def _settings(assignments: tuple[str, ...]) -> TerminalSettings:
     """Raises UsageError."""
-    settings = ChatSettings()
+    settings = TerminalSettings()
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
         if not separator:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pinaivu_box import text
 from pinaivu_box.devices import Device, DeviceMonitor
 from pinaivu_box.doctor.check import Check, State
-from pinaivu_box.engine.messages import Backend
+from pinaivu_box.engine.messages import GgmlBackend
 from pinaivu_box.graphics_cards import AMD, INTEL, NVIDIA, graphics_cards, may_have_gpus
 from pinaivu_box.text import megabytes
 
@@ -37,12 +37,12 @@ class Seen:
     supports; both are empty where NVML cannot be asked."""
 
     devices: tuple[Device, ...] = ()
-    backends: tuple[Backend, ...] = ()
+    backends: tuple[GgmlBackend, ...] = ()
     failure: str = ""
     driver: str = ""
     cuda: str = ""
 
-    def backend(self, name: str) -> Backend | None:
+    def backend(self, name: str) -> GgmlBackend | None:
         return next((each for each in self.backends if each.name == name), None)
 
 

@@ -17,7 +17,9 @@ from pinaivu_box.engine.messages import Exact
 # bits in any number of rows, as was measured: with the library as published, and with the fixed
 # split, which settles that for more.  A single row of F16 or BF16 has a kernel of its own; that of
 # several costs it 16 % (`tests/bench/results/2026-11-30-exact-paths.md`).
-_VARIANTS = frozenset({"haswell", "sse42"})
+_VARIANTS = frozenset({
+    "sse42", "haswell", "skylakex", "cannonlake", "cascadelake", "cooperlake", "icelake", "zen4",
+})  # fmt: skip
 _PUBLISHED = frozenset({"f32", "q8_0", "q4_0"})
 _SETTLED = _PUBLISHED | {
     "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "mxfp4", "q4_K", "q5_K", "q6_K",

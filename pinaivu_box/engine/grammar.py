@@ -21,8 +21,8 @@ from llguidance import LLMatcher
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.engine.grammar_validation import (
     LIMITS,
+    GrammarVocabulary,
     OutputConstraint,
-    Vocabulary,
     compute_first_mask,
     refusal,
     tokenizer_of,
@@ -229,7 +229,7 @@ class _GrammarCache:
             del self._entries[next(old for old in self._entries if old.tenant == tenant)]
 
 
-def _vocabulary(runner: Runner) -> Vocabulary:
+def _vocabulary(runner: Runner) -> GrammarVocabulary:
     ends = sorted(runner.facts.end_tokens)
     tokens, special = [], []
     for token in range(runner.facts.n_vocab):
@@ -238,4 +238,4 @@ def _vocabulary(runner: Runner) -> Vocabulary:
             special.append(token)
             piece = b"<[%d]>" % token  # only its number names it
         tokens.append(piece)
-    return Vocabulary(tokens, special, ends)
+    return GrammarVocabulary(tokens, special, ends)

@@ -45,7 +45,7 @@ _LARK = "lark_grammar"
 Tokenize = Callable[[str], list[int]]
 
 
-class Vocabulary(msgspec.Struct, array_like=True, frozen=True):
+class GrammarVocabulary(msgspec.Struct, array_like=True, frozen=True):
     """The bytes of each token; control tokens are `special`, and the `ends` among them."""
 
     tokens: list[bytes]
@@ -81,7 +81,7 @@ class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
         return names.get(self.param, "grammar")
 
 
-def tokenizer_of(vocabulary: Vocabulary, tokenize: Tokenize | None = None) -> LLTokenizer:
+def tokenizer_of(vocabulary: GrammarVocabulary, tokenize: Tokenize | None = None) -> LLTokenizer:
     """Takes a second for a large vocabulary.  Without `tokenize`, a text's tokens are the longest
     that fit."""
     wrapped = _Wrapped(vocabulary, tokenize)
@@ -97,7 +97,7 @@ class _Wrapped:
 
     bos_token_id = None
 
-    def __init__(self, vocabulary: Vocabulary, tokenize: Tokenize | None) -> None:
+    def __init__(self, vocabulary: GrammarVocabulary, tokenize: Tokenize | None) -> None:
         self.eos_token_id = vocabulary.ends[0]
         self.tokens = vocabulary.tokens
         self.special_token_ids = vocabulary.special
@@ -116,9 +116,9 @@ def make(setup: bytes) -> Callable[[bytes], bytes]:
 
 
 def validator(setup: bytes) -> Callable[[bytes], bytes]:
-    """For a `Vocabulary`, the function that turns an `OutputConstraint` into the text of its
+    """For a `GrammarVocabulary`, the function that turns an `OutputConstraint` into the text of its
     grammar; empty if everything is allowed.  It raises InvalidBody."""
-    tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))
+    tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=GrammarVocabulary))
     decoder = msgspec.msgpack.Decoder(OutputConstraint)
 
     def run(payload: bytes) -> bytes:

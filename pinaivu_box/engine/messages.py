@@ -135,7 +135,7 @@ class ListedDevice(Struct, frozen=True):
     free: int = 0
 
 
-class Backend(Struct, frozen=True):
+class GgmlBackend(Struct, frozen=True):
     """A library of ggml for other devices than the CPU, by its name ("cuda", "vulkan"), and how
     many devices it has.  `problem` is why it could not be loaded, `missing` the library that was
     not found, if that is why; `stand_ins` are libraries that only look like those that it needs."""
@@ -388,7 +388,7 @@ class Devices(Struct, frozen=True, tag=True):
     """The answer to ListDevices."""
 
     devices: list[ListedDevice]
-    backends: list[Backend] = []
+    backends: list[GgmlBackend] = []
 
 
 class Probed(Struct, frozen=True, tag=True):

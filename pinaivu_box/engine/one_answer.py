@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from pinaivu_box.engine import backends
 from pinaivu_box.engine.messages import (
-    Backend,
+    GgmlBackend,
     Devices,
     FromEngine,
     ListDevices,
@@ -49,8 +49,10 @@ def _answer(question: ListDevices | Probe) -> FromEngine:
         return load_failed(error)
 
 
-def _backend(found: backends.BackendLibrary) -> Backend:
-    return Backend(found.name, found.devices, found.problem, found.missing, list(found.stand_ins))
+def _backend(found: backends.BackendLibrary) -> GgmlBackend:
+    return GgmlBackend(
+        found.name, found.devices, found.problem, found.missing, list(found.stand_ins)
+    )
 
 
 def _end_with(stream: BinaryIO) -> None:

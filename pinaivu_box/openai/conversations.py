@@ -4,8 +4,8 @@ Times are Unix milliseconds.  A conversation is a tree of messages: each names i
 first has none.  Messages with the same parent are branches; `leaf` is the last message of the one
 that is shown.
 
-The stream of an answer has these events, as JSON: Started once, AnswerDelta as often as something
-was added, AnswerFinished once, whatever the end was.
+The stream of an answer has these events, as JSON: AnswerStarted once, AnswerDelta as often as
+something was added, AnswerFinished once, whatever the end was.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class FollowAnswer(Strict, frozen=True):
     offset: Annotated[str, Meta(pattern=whole("[0-9]{1,9}[.][0-9]{1,9}"))] = "0.0"
 
 
-class Started(Struct, frozen=True, tag="started", tag_field="type"):
+class AnswerStarted(Struct, frozen=True, tag="started", tag_field="type"):
     """`message` is the user's new one, null if there is none.  The text of the answer comes in
     Deltas."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 from starlette.requests import Request
 
-from pinaivu_box.engine.messages import Backend
+from pinaivu_box.engine.messages import GgmlBackend
 from pinaivu_box.gateway.device_views import DeviceView, device_views
 from pinaivu_box.server.context import box_of, request_id_of
 
@@ -16,7 +16,7 @@ class DeviceList(Struct, frozen=True):
 
     request_id: str
     data: list[DeviceView]
-    backends: list[Backend]
+    backends: list[GgmlBackend]
     failure: str = ""
     object: str = "list"
 

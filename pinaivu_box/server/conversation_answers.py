@@ -30,10 +30,10 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.openai import conversations as wire
 from pinaivu_box.openai.conversations import (
     AnswerRequest,
+    AnswerStarted,
     Conversation,
     FollowAnswer,
     Message,
-    Started,
     Stopped,
     TextFile,
 )
@@ -112,7 +112,7 @@ async def create_answer(
 
     running = RunningAnswer(call, job, chats, stored.after, answer, ended)
     answers_of(request).start(call, running)
-    return running.follow(request, Started(conversation_id, message, answer))
+    return running.follow(request, AnswerStarted(conversation_id, message, answer))
 
 
 async def _before(
@@ -240,7 +240,7 @@ async def follow_answer(
     message = await chats.message(conversation_id, message_id)
     running = answers_of(request).find(key_of(request).account_id, message_id)
     if running is not None:
-        started = Started(conversation_id, None, running.message)
+        started = AnswerStarted(conversation_id, None, running.message)
         return running.follow(request, started, query.offset)
     conversation = await chats.get(conversation_id)
     message = answers_of(request).shown(key_of(request).account_id, message)
@@ -254,7 +254,7 @@ async def _replayed(
     """The events of an answer that has ended."""
     thoughts, text = map(int, offset.split("."))
     begun = msgspec.structs.replace(message, content="", reasoning="")
-    yield encode_event(Started(conversation.id, None, begun))
+    yield encode_event(AnswerStarted(conversation.id, None, begun))
     reasoning, added = message.reasoning[thoughts:], message.content[text:]
     if reasoning or added:
         end = f"{len(message.reasoning)}.{len(message.content)}"

@@ -24,7 +24,7 @@ from pinaivu_box.errors import BoxError, InternalError, RateLimited
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai import conversations as wire
-from pinaivu_box.openai.conversations import AnswerDelta, Conversation, Message, Started
+from pinaivu_box.openai.conversations import AnswerDelta, AnswerStarted, Conversation, Message
 from pinaivu_box.openai.reader import Reader, Reasoning, Text
 from pinaivu_box.server.bodies import keep_body
 from pinaivu_box.server.inference import InferenceCall, disconnected, reader_of
@@ -120,14 +120,14 @@ class RunningAnswer:
         finally:
             self._followers -= 1
 
-    def follow(self, request: Request, started: Started, offset: str = "0.0") -> EventStream:
+    def follow(self, request: Request, started: AnswerStarted, offset: str = "0.0") -> EventStream:
         """The stream of its events.  Raises RateLimited."""
         self.check_followers()
         watcher = asyncio.create_task(disconnected(request.receive))
         return EventStream(self._events(started, offset, watcher), watcher)
 
     async def _events(
-        self, started: Started, offset: str, watcher: asyncio.Task[None]
+        self, started: AnswerStarted, offset: str, watcher: asyncio.Task[None]
     ) -> AsyncIterator[bytes]:
         with self.followed(watcher):
             yield encode_event(started)

@@ -22,7 +22,7 @@ class MessageRow(msgspec.Struct, frozen=True):
     sealed: bytes
 
 
-class Sizes(msgspec.Struct, frozen=True):
+class ChatSizes(msgspec.Struct, frozen=True):
     """What an account has: conversations, and the bytes of their messages."""
 
     conversations: int
@@ -118,11 +118,11 @@ async def message(
     return MessageRow(*rows[0]) if rows else None
 
 
-async def sizes(database: Database, account_id: str) -> Sizes:
+async def sizes(database: Database, account_id: str) -> ChatSizes:
     rows = await database.read(
         "SELECT conversations, bytes FROM chat_sums WHERE account_id = ?", (account_id,)
     )
-    return Sizes(*rows[0]) if rows else Sizes(0, 0)
+    return ChatSizes(*rows[0]) if rows else ChatSizes(0, 0)
 
 
 async def sizes_of(database: Database, conversation_ids: list[str]) -> dict[str, tuple[int, int]]:
@@ -137,7 +137,7 @@ async def sizes_of(database: Database, conversation_ids: list[str]) -> dict[str,
     return {row[0]: (row[1], row[2]) for row in rows}
 
 
-def insert(row: ConversationRow, account_id: str, room: Sizes) -> SqlStatement:
+def insert(row: ConversationRow, account_id: str, room: ChatSizes) -> SqlStatement:
     """The statement that stores it, if the account is not removed and has no more than `room`."""
     return (
         "INSERT INTO conversations (id, account_id, created_at, updated_at, sealed)"

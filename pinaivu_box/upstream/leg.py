@@ -55,7 +55,7 @@ class _Stop:
 _Item = _Asked | bytes | ApiError | _End | _Stop
 
 
-class UpstreamLeg:
+class LegAtUpstream:
     """`model` is the name of the job's model there."""
 
     def __init__(self, upstream: Upstream, job: Job, model: str, node_id: str) -> None:

@@ -22,7 +22,7 @@ from pinaivu_box.models.names import is_model_id
 from pinaivu_box.receipts.receipt import upstream_digest
 from pinaivu_box.secret import Secret
 from pinaivu_box.upstream import wire
-from pinaivu_box.upstream.leg import UpstreamLeg
+from pinaivu_box.upstream.leg import LegAtUpstream
 from pinaivu_box.upstream.places import Places
 
 if TYPE_CHECKING:
@@ -107,10 +107,10 @@ class Upstream:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def start(self, job: Job) -> UpstreamLeg:
+    def start(self, job: Job) -> LegAtUpstream:
         """See `gateway.backend.Backend`."""
         model = self.models().get(job.model.id, job.model.id)
-        return UpstreamLeg(self, job, model, self._node_id)
+        return LegAtUpstream(self, job, model, self._node_id)
 
     def leave_alone(self, seconds: float) -> None:
         """It has asked for that."""

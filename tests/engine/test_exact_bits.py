@@ -13,18 +13,21 @@ from typing import Any
 import pytest
 
 from pinaivu_box.engine import exact_path
-from pinaivu_box.engine.llama_devices import cpu_library
+from pinaivu_box.engine.llama_devices import cpu_library, load_backends
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, SavedPrefixes
 from pinaivu_box.engine.prefix_store import PrefixStore
 from tests.support.engine_harness import Engine, Fixed, Heard, add, finish, run, sampling
+from tests.support.llama32 import REAL
+from tests.support.random_weights import quantised
 from tests.support.real_answers import clear
 from tests.support.real_runner import real_runner
 
-PROMPT = [1000 + 7919 * n % 20_000 for n in range(270)]
+PROMPT = [100 + 7919 * n % 3900 for n in range(270)]
 COUNT = 8
 STREAMS, POOL = 16 * 512, 1536  # cells: for each of 16 sequences, and for all together
 SIZES: dict[str, Any] = {"context": 512, "max_sequences": 16, "exact": True}
+Q4_K_M = 15  # LLAMA_FTYPE_MOSTLY_...
 
 
 def one(name: str = "r", prompt: list[int] = PROMPT, **more: Any) -> Add:
@@ -41,13 +44,26 @@ def engine(llama: LlamaRunner, budget: int = 256, **more: Any) -> Engine:
     return Engine(llama, token_budget=budget, **more)
 
 
+@pytest.fixture(scope="module", params=["bundled", "k-quants"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """None: the bundled one.  All matrices of the other are K-quants, which those of the bundled
+    one's shape cannot be; its weights are random."""
+    if request.param == "bundled":
+        return None
+    folder = tmp_path_factory.mktemp("k-quants")
+    plain = folder / "q8_0.gguf"
+    plain.write_bytes(REAL["1b"].narrow().weights())
+    load_backends()
+    return quantised(plain, folder / "q4_k_m.gguf", Q4_K_M)
+
+
 @pytest.fixture(scope="module", params=[STREAMS, POOL])
-def llama(request: pytest.FixtureRequest) -> Iterator[LlamaRunner]:
-    runner = real_runner(**SIZES, kv_tokens=request.param)
-    if request.param == POOL and not cpu_library().fixed_split:
+def llama(request: pytest.FixtureRequest, model: Path | None) -> Iterator[LlamaRunner]:
+    runner = real_runner(model, **SIZES, kv_tokens=request.param)
+    if (request.param == POOL or model) and not cpu_library().fixed_split:
         assert not runner.facts.exact
         runner.close()
-        pytest.skip("this llama.cpp is not exact in a pool, and it is not promised")
+        pytest.skip("this llama.cpp is not exact in a pool or for K-quants, and it is not promised")
     assert runner.facts.exact
     yield runner
     runner.close()
@@ -122,7 +138,7 @@ def test_drafted_and_by_another_leg(llama: LlamaRunner, expected: tuple[list[int
 
 
 def test_after_a_restart_and_with_more_threads(
-    llama: LlamaRunner, expected: object, tmp_path: Path
+    llama: LlamaRunner, model: Path | None, expected: object, tmp_path: Path
 ) -> None:
     def store() -> PrefixStore:
         return PrefixStore(SavedPrefixes(str(tmp_path), bytes(32), 10**9), "here")
@@ -131,7 +147,7 @@ def test_after_a_restart_and_with_more_threads(
     run(before, [one(max_tokens=1)])
     assert before.save_prefixes().prefixes == 1
     clear(llama)
-    another = real_runner(**SIZES, kv_tokens=llama.facts.kv_tokens, threads=2)
+    another = real_runner(model, **SIZES, kv_tokens=llama.facts.kv_tokens, threads=2)
     try:
         heard = run(engine(another, store=store()), [one()])
         assert heard.load.tokens_restored >= 256

@@ -103,7 +103,7 @@ FROM_ENGINE = st.one_of(
     st.builds(
         messages.Devices,
         devices=st.lists(DEVICE, max_size=3),
-        backends=st.lists(st.builds(messages.Backend, TEXT, SIZES, TEXT, TEXT), max_size=2),
+        backends=st.lists(st.builds(messages.GgmlBackend, TEXT, SIZES, TEXT, TEXT), max_size=2),
     ),
     st.builds(messages.PrefixesSaved, SIZES, SIZES, SIZES),
     st.builds(

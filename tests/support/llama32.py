@@ -69,6 +69,12 @@ class Llama32:
             self, layers=2, width=64, feed_forward=128, heads=4, kv_heads=2, head=16, words=4000
         )
 
+    def narrow(self) -> Llama32:
+        """The smallest whose rows are multiples of 256, so that all matrices can be K-quants."""
+        return replace(
+            self, layers=3, width=256, feed_forward=512, heads=4, kv_heads=2, head=64, words=4000
+        )
+
     def weights(self, seed: int = 32) -> bytes:
         """The GGUF."""
         draw = np.random.default_rng(seed)

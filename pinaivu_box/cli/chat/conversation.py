@@ -12,7 +12,7 @@ from pinaivu_box.cli.chat import images
 from pinaivu_box.cli.chat.answers import Ended, KeyRefused, Piece, ask
 from pinaivu_box.cli.chat.printer import Printer
 from pinaivu_box.cli.chat.server import ChatServer, key_of
-from pinaivu_box.cli.chat.settings import ChatSettings
+from pinaivu_box.cli.chat.settings import TerminalSettings
 from pinaivu_box.errors import NotRunning
 
 Note = Callable[[str], None]
@@ -22,7 +22,7 @@ class TerminalConversation:
     """`note` prints what is not part of an answer."""
 
     def __init__(
-        self, call: Call, server: ChatServer, model: str, settings: ChatSettings, note: Note
+        self, call: Call, server: ChatServer, model: str, settings: TerminalSettings, note: Note
     ) -> None:
         self.call, self.model, self.settings = call, model, settings
         self._server, self._note = server, note

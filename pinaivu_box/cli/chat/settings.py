@@ -49,7 +49,7 @@ _READERS: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
 _OLLAMA_NAMES = {"num_predict": "max_tokens", "parameter": ""}
 
 
-class ChatSettings:
+class TerminalSettings:
     """The values that were set, by name."""
 
     def __init__(self) -> None:
