@@ -19,7 +19,7 @@ from pinaivu_box.store.keys import Key
 from pinaivu_box.store.times import now_ms, time_text
 
 
-class KeySettings(Policy, frozen=True, omit_defaults=False):
+class Settings(Policy, frozen=True, omit_defaults=False):
     """A policy with all its settings, also those with default values."""
 
 
@@ -47,7 +47,7 @@ class KeyView(Struct, frozen=True):
     admin: bool
     state: str
     blocked: str | None
-    policy: KeySettings
+    policy: Settings
     created_at: str
     expires_at: str | None
     revoked_at: str | None
@@ -110,7 +110,7 @@ def _fields(key: Key) -> dict[str, Any]:
     return {
         **fields,
         "state": key.state(now),
-        "policy": KeySettings(**msgspec.structs.asdict(key.policy)),
+        "policy": Settings(**msgspec.structs.asdict(key.policy)),
         "amount": to_text(key.amount),
         "spent": spent,
     }

@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 from pinaivu_box.engine import backends
 from pinaivu_box.engine.messages import (
-    GgmlBackend,
     Devices,
     FromEngine,
+    GgmlBackend,
     ListDevices,
     LoadFailed,
     Probe,
