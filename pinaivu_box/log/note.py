@@ -5,7 +5,6 @@ Pure, and strict: whatever is accepted here is read alike by every other reader 
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import re
@@ -20,6 +19,7 @@ ED25519 = 0x01  # a signature over the text
 COSIGNATURE = 0x04  # by a witness, with a time (C2SP tlog-cosignature)
 _KEY_ID_BYTES = 4
 _DASH = "— "
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
 _NAME = re.compile(r"[^\s+]{1,256}" + END)
 
 
@@ -75,7 +75,7 @@ def read(data: str) -> Note:
     """Raises NoteError."""
     if len(data.encode(errors="replace")) > MAX_NOTE_BYTES:
         raise NoteError(f"it is longer than {MAX_NOTE_BYTES} bytes")
-    if any(character < " " and character != "\n" for character in data):
+    if _CONTROL.search(data):
         raise NoteError("it contains a control character")
     text, separator, lines = data.rpartition("\n\n")
     if not separator or not lines.endswith("\n"):
@@ -104,13 +104,13 @@ def joined(note: Note, signatures: Iterable[NoteSignature]) -> Note:
 
 
 def encode(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 def decode(text: str) -> bytes:
     """Base64 in the one spelling that RFC 4648, section 4, gives these bytes.  Raises NoteError."""
     try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
+        data = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (UnicodeEncodeError, binascii.Error):
         data = b""
     if encode(data) != text:

@@ -114,7 +114,7 @@ def read_statement(signed: SignedProof) -> LegStatement:
     try:
         check_json(signed.signed)
         if msgspec.json.decode(signed.signed, type=_Kind).kind is None:
-            return read_proof(signed)
+            return msgspec.json.decode(signed.signed, type=Proof)
         return msgspec.json.decode(signed.signed, type=UpstreamLeg)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -143,7 +143,7 @@ def check_json(text: str) -> None:
     """Readers of JSON must not differ on what a signed text says: no name of an object may be there
     twice, nothing may stand before or after the value, and NaN is no number.  Raises ValueError,
     RecursionError."""
-    json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    _strict.decode(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
@@ -156,6 +156,9 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number in JSON")
+
+
+_strict = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _check_opening(view: ReceiptView) -> None:

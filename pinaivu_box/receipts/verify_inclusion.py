@@ -10,6 +10,7 @@ and those of boxes, and what is skipped could be changed unnoticed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -23,6 +24,9 @@ from pinaivu_box.receipts.receipt import Receipt, ReceiptView
 from pinaivu_box.text import utc_text
 
 _LATEST = 253402300799  # the last second that RFC 3339 can say, as a Unix time
+_KEPT = 64  # checkpoints: receipts of about the same time have the same one
+
+_is_signed = lru_cache(_KEPT)(checkpoint.is_signed)
 
 
 class LogPolicy(Struct, frozen=True):
@@ -78,7 +82,7 @@ def _checkpoint(receipt: Receipt, note: Note, signed: Checkpoint) -> Verificatio
         return VerificationCheck(name, False, meaning)
     return either(
         name,
-        checkpoint.is_signed(note, signed),
+        _is_signed(note, signed),
         f"{node} signed that its log {signed.origin} had these {signed.size} entries",
         f"the signature is not {node}'s: the checkpoint was altered or forged",
     )
@@ -99,7 +103,8 @@ def _witnesses(note: Note, signed: Checkpoint, policy: LogPolicy) -> Verificatio
     return VerificationCheck("witnesses", present >= needed, f"{counted}; {meaning}")
 
 
-def _cosignatures(note: Note, signed: Checkpoint) -> list[Cosignature]:
+@lru_cache(_KEPT)
+def _cosignatures(note: Note, signed: Checkpoint) -> tuple[Cosignature, ...]:
     """All of them, in the note's order.  Raises NoteError for a signature that is wrong, or whose
     signer follows from nothing."""
     log_key = checkpoint.log_key(signed.origin)
@@ -112,10 +117,10 @@ def _cosignatures(note: Note, signed: Checkpoint) -> list[Cosignature]:
     found = [checkpoint.cosignature(note, node_id) for node_id in named]
     if any(one is None or one.time > _LATEST for one in found):
         raise NoteError("the time of a cosignature is beyond the year 9999")
-    return [one for one in found if one is not None]
+    return tuple(one for one in found if one is not None)
 
 
-def _told(found: list[Cosignature]) -> str:
+def _told(found: tuple[Cosignature, ...]) -> str:
     if not found:
         return "no witness cosigned it: nobody but its box says that its log has no other history"
     who = ", ".join(f"{one.node_id} at {utc_text(one.time)}" for one in found)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import rfc8785
 from msgspec.structs import replace
@@ -24,13 +25,18 @@ EPOCH = 1796050800000  # 2026-11-30T15:00:00Z
 ORIGIN = checkpoint.origin(made.OWN.node_id, EPOCH)
 WITNESSES = [known_identity(number) for number in (4, 5, 6)]
 SEEN_AT = 1796050815  # by the first witness; by each further one a second later
+EXACT: dict[str, Any] = {
+    "v": 4,
+    "exactness": "bitwise:haswell llama.cpp 1 f16",
+    "logits_sha256": "5e" * 32,
+}
 _LAST_SECOND = 253402300799  # of the year 9999
 
 
 @cache
 def one_receipt() -> bytes:
-    """The signed bytes of the receipt that the log has."""
-    return rfc8785.dumps(made.receipt(made.proof()))
+    """The signed bytes of the receipt that the log has, of a leg that a peer served."""
+    return rfc8785.dumps(made.receipt(made.proof(made.PEER, **EXACT)))
 
 
 def entry_proof_of(
@@ -44,6 +50,19 @@ def entry_proof_of(
     signed = Checkpoint(origin, size, merkle.root(leaves))
     owner = next(i for i in (made.OWN, made.PEER) if i.node_id == signed.node_id)
     return EntryProof(index, tuple(hashes), cosigned(checkpoint.sign(owner, signed), witnesses))
+
+
+def in_a_large_log(index: int, size: int, witnesses: Sequence[Identity] = ()) -> EntryProof:
+    """The same of a log of which nothing exists but the hashes beside the receipt's way to the
+    root."""
+    current, hashes = merkle.leaf_hash(entry_proof.entry_of(one_receipt())), []
+    for number, (start, _) in enumerate(merkle.inclusion_ranges(index, size)):
+        sibling = hashlib.sha256(b"subtree %d" % number).digest()
+        pair = (current, sibling) if start > index else (sibling, current)
+        current = merkle.node_hash(*pair)
+        hashes.append(sibling)
+    note = checkpoint.sign(made.OWN, Checkpoint(ORIGIN, size, current))
+    return EntryProof(index, tuple(hashes), cosigned(note, witnesses))
 
 
 def cosigned(note: Note, witnesses: Sequence[Identity]) -> Note:
@@ -88,6 +107,8 @@ def _shapes() -> Inclusions:
     of_epoch_0 = checkpoint.origin(made.OWN.node_id, 0)
     return shapes | {
         "none": None,
+        "of_ten_million": in_a_large_log(7_654_321, 10_000_000, WITNESSES[:1]),
+        "of_the_largest_size": in_a_large_log(2**53 - 2, 2**53),
         "of_epoch_0": entry_proof_of(1, 2, origin=of_epoch_0),
     }
 
