@@ -1,9 +1,9 @@
 """Which sequences get drafts in the next step, of what kind and how long.
 
-A draft comes from the grammar (tokens that it forces), from earlier text (`ngram_drafter`), which
-costs nothing to make, or from a draft model (`draft_model`), which takes steps of its own.  Earlier
-text goes first, unless the model's tokens are accepted more often.  Each is made only where
-`step_cost` expects more tokens per second from it.
+A draft comes from a recorded output (`replay`), from the grammar (tokens that it forces), from
+earlier text (`ngram_drafter`), which costs nothing to make, or from a draft model (`draft_model`),
+which takes steps of its own.  Earlier text goes first, unless the model's tokens are accepted more
+often.  Each is made only where `step_cost` expects more tokens per second from it.
 
 That expectation may be wrong.  So what the draft model takes in vain is bounded too, by allowances:
 a small share of all computing time and what its drafts have saved is added to them, and what it has
@@ -185,6 +185,10 @@ class Drafting:
         left_out: dict[Sequence, float] = {}
         for sequence in sequences:
             limit = planned.limit(sequence)
+            if sequence.replay is not None:
+                known = sequence.replay.draft(limit, grammar=sequence.grammar is not None)
+                planned.add(sequence, known, len(known))
+                continue
             if sequence.grammar is not None and limit:
                 forced = sequence.grammar.forced()[:limit]
                 planned.add(sequence, forced, len(forced))
@@ -229,6 +233,7 @@ class Drafting:
             for sequence in sequences
             if sequence not in planned.drafts
             and not sequence.images  # which it would not see
+            and sequence.replay is None
             and len(sequence.tokens) >= sequence.draft_from
             and planned.limit(sequence)
         ]

@@ -16,9 +16,16 @@ from pinaivu_box.engine.batch_chunk import BatchChunk
 from pinaivu_box.engine.draft_model import DraftModel
 from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
-from pinaivu_box.engine.messages import EngineLoad, PrefixesSaved, Refused, TokenLogprob
+from pinaivu_box.engine.messages import (
+    EngineLoad,
+    PrefixesSaved,
+    Refused,
+    ReplayedToken,
+    TokenLogprob,
+)
 from pinaivu_box.engine.output import NO_LOGITS, SequenceOutput, StepOutput
 from pinaivu_box.engine.prefix_cache import PRIVATE
+from pinaivu_box.engine.replay import Replay, ReplayedStep
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import Draw, Sampler, redraw, token_logprob
 from pinaivu_box.engine.scheduler import Scheduler
@@ -382,7 +389,7 @@ class Engine:
         rows = [slice(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
         # Log-probabilities are the model's own: of the logits before they are adjusted.
         unadjusted = [
-            None if chunk.sequence.logprobs is None else logits[here].copy()
+            logits[here].copy() if chunk.sequence.compares else None
             for chunk, here in zip(chunks, rows, strict=True)
         ]
         draws = list(_draws(chunks))
@@ -395,6 +402,10 @@ class Engine:
             first, sequence.reported = not sequence.reported, True
             if first and sequence.wants_no_output:
                 self._conclude(sequence, [], NO_LOGITS, first=True)
+                continue
+            if sequence.replay is not None and scored is not None:
+                step = ReplayedStep(logits[here], scored, draws[here], tokens)
+                self._compare(chunk, sequence.replay, step, first=first)
                 continue
             if sequence.grammar is not None:
                 tokens = self._follow(chunk, sequence.grammar, tokens, logits[here])
@@ -416,6 +427,18 @@ class Engine:
             sequence.tokens += tokens
             self.scheduler.accept(chunk, accepted)
             self._conclude(sequence, tokens, raw, first=first, logprobs=logprobs)
+
+    def _compare(
+        self, chunk: BatchChunk, replay: Replay, step: ReplayedStep, *, first: bool
+    ) -> None:
+        """Go on with the recorded tokens, and report what was drawn in their places."""
+        sequence = chunk.sequence
+        compared = step.compare(replay, sequence.grammar, self._facts.end_tokens)
+        tokens = [each.recorded for each in compared]
+        raw = np.array([each.logit for each in compared], np.float32)
+        sequence.tokens += tokens
+        self.scheduler.accept(chunk, len(tokens) - 1)
+        self._conclude(sequence, tokens, raw, first=first, replayed=compared)
 
     def _follow(
         self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
@@ -446,6 +469,7 @@ class Engine:
         *,
         first: bool,
         logprobs: abc.Sequence[TokenLogprob] = (),
+        replayed: abc.Sequence[ReplayedToken] = (),
     ) -> None:
         """Report its new tokens, if it wants any, and end it if they do."""
         if sequence.grammar is not None and sequence.grammar.broken:
@@ -455,6 +479,7 @@ class Engine:
             return
         end_token = bool(tokens) and tokens[-1] in self._facts.end_tokens
         complete = sequence.grammar is not None and sequence.grammar.done
+        complete |= sequence.replay is not None and sequence.replay.forbidden
         finish_reason = "stop" if end_token or complete else None
         if finish_reason is None and self._full(sequence):
             finish_reason = "length"
@@ -469,6 +494,7 @@ class Engine:
                 sequence.shifted,
                 logprobs,
                 raw,
+                replayed=replayed,
             )
         )
         if first:

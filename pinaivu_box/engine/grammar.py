@@ -71,6 +71,13 @@ class CpuBudget:
         self._left = min(_MAX_SAVED_SECONDS, self._left + _EARNED_PER_TOKEN_SECONDS)
 
 
+class Unbounded(CpuBudget):
+    """For an answer that is computed again."""
+
+    def spend(self, seconds: float) -> None:
+        return None
+
+
 class Grammar:
     """One sequence's place in its grammar.  Its tenant's grammars share a `budget`: a few that are
     each just cheap enough would hold up all others' steps as well."""
@@ -154,9 +161,15 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(
-        self, constraint: OutputConstraint, tenant: str, cancellation: Cancellation | None
+        self,
+        constraint: OutputConstraint,
+        tenant: str,
+        cancellation: Cancellation | None,
+        *,
+        bounded: bool = True,
     ) -> Grammar | None:
-        """Returns None if everything is allowed.  Raises InvalidBody for what is no grammar, or
+        """Returns None if everything is allowed; what is not `bounded` has no budget, since it was
+        followed within one before.  Raises InvalidBody for what is no grammar, or
         none that can be followed within the limits; SandboxCancelled."""
         payload = msgspec.msgpack.encode(constraint)
         key = _Key(tenant, hashlib.sha256(payload).digest())
@@ -172,7 +185,8 @@ class GrammarCompiler:
         if compiled is None:
             return None
         with self._lock:  # the cached matcher must not be copied twice at the same time
-            return Grammar(compiled.deep_copy(), self._budget(tenant))
+            budget = self._budget(tenant) if bounded else Unbounded()
+            return Grammar(compiled.deep_copy(), budget)
 
     def _compile(
         self, constraint: OutputConstraint, payload: bytes, cancellation: Cancellation | None

@@ -7,7 +7,7 @@ struct.  This is the only module of `engine` that the parent may import.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
@@ -278,6 +278,9 @@ class Add(Struct, frozen=True, tag=True):
     * `unsaid`: for so many of the last tokens of `output` the earlier leg has sent no
       log-probabilities, because it withheld their text.
     * `prediction`: text that the output may repeat, used for drafts.
+    * `replay`: the whole output as it was recorded, which is computed again: the sequence goes on
+      with these tokens whatever is drawn, and StepFrame tells of each (`engine.replay`).  It ends
+      where it would have ended, or with the last of them.
     * `scope`: cached prefixes are shared with the sequences of the same scope, with none if it is
       empty.  Prefixes that `Named` has named are shared among all sequences with `named`.
     * `weight`: the tenant's share among tenants; `priority` orders the tenant's own sequences, the
@@ -308,6 +311,7 @@ class Add(Struct, frozen=True, tag=True):
     scored: int = 0
     unsaid: int = 0
     images: dict[str, bytes] = {}
+    replay: list[int] | None = None
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -402,18 +406,34 @@ class Probed(Struct, frozen=True, tag=True):
 
 class Tokenized(Struct, frozen=True, tag=True):
     """The answer to Tokenize; `thinking` is as in Prompt.  `count` is set if only the number was
-    requested; then `tokens` is empty."""
+    requested; then `tokens` is empty.  With the tokens of a plain text come the `ends`: the tokens
+    that end an answer, and have no text."""
 
     id: str
     tokens: list[int]
     text: str = ""
     thinking: bool = False
     count: int | None = None
+    ends: list[int] = []
 
     @property
     def number(self) -> int:
         """How many tokens there are."""
         return len(self.tokens) if self.count is None else self.count
+
+
+class ReplayedToken(Struct, frozen=True, array_like=True):
+    """A recorded token of an answer, and the one that was drawn in its place now; both with their
+    logits as the model gave them (`logit` is the recorded one's).  If they differ, `margin` is how
+    much the drawn one's score (logit over temperature, with penalties, biases and noise) is larger,
+    and the recorded one is `possible` if it could have been drawn with other noise."""
+
+    recorded: int
+    drawn: int
+    logit: float
+    drawn_logit: float
+    margin: float = 0.0
+    possible: bool = True
 
 
 class Prompt(Struct, frozen=True, array_like=True):
@@ -451,6 +471,7 @@ class _Addressed:
     choice: int = 0
     mark: str | None = None
     numbers: bytes | None = None
+    replayed: Sequence[ReplayedToken] = ()
 
 
 class Output(_Addressed, Struct, array_like=True, dict=True):
@@ -460,7 +481,8 @@ class Output(_Addressed, Struct, array_like=True, dict=True):
     client's stream.  `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`,
     which are those of the text's tokens; those of an echoed prompt come first.  `mark` (hex) is
     that of the frame in which a peer has sent it (see `receipt.mark_text`), and `choice`, which the
-    runner sets, tells the choices of a request apart.  `numbers`, with its end, is from StepFrame.
+    runner sets, tells the choices of a request apart.  `numbers`, with its end, and `replayed` are
+    from StepFrame.
     """
 
     text: str
@@ -494,13 +516,15 @@ class EngineLoad(Struct, frozen=True):
 class StepFrame(Struct, frozen=True, tag=True):
     """All that has happened since the last frame; `prompts` and `outputs` are by the id of their
     sequence, and so are the `numbers` of sequences that have ended: the digests of what their
-    tokens were drawn from (`engine.numbers_digest`)."""
+    tokens were drawn from (`engine.numbers_digest`); and `replayed` of those that are computed
+    again."""
 
     prompts: dict[str, Prompt]
     refused: list[Refused]
     outputs: dict[str, Output]
     load: EngineLoad
     numbers: dict[str, bytes] = {}
+    replayed: dict[str, list[ReplayedToken]] = {}
 
 
 class PrefixesSaved(Struct, frozen=True, tag=True):

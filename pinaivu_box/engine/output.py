@@ -17,6 +17,7 @@ from pinaivu_box.engine.messages import (
     Output,
     Prompt,
     Refused,
+    ReplayedToken,
     StepFrame,
     TokenLogprob,
 )
@@ -48,6 +49,7 @@ class SequenceOutput:
     logprobs: Sequence[TokenLogprob] = ()
     logits: Float32 = field(default_factory=lambda: NO_LOGITS)
     vectors: list[bytes] = field(default_factory=list)
+    replayed: Sequence[ReplayedToken] = ()
     prompt_logprobs: Sequence[TokenLogprob] = ()
 
 
@@ -86,6 +88,7 @@ class OutputBuffer:
         self._deltas: dict[str, Output] = {}
         self._load = EngineLoad()
         self._numbers: dict[str, bytes] = {}  # of the sequences that have ended
+        self._replayed: dict[str, list[ReplayedToken]] = {}
         self._logprobs = 0  # taken since the last frame
 
     @property
@@ -113,9 +116,11 @@ class OutputBuffer:
 
     def frame(self) -> StepFrame:
         """All that was taken since the last frame."""
-        frame = StepFrame(self._prompts, self._refused, self._deltas, self._load, self._numbers)
+        frame = StepFrame(
+            self._prompts, self._refused, self._deltas, self._load, self._numbers, self._replayed
+        )
         self._prompts, self._refused, self._deltas, self._logprobs = {}, [], {}, 0
-        self._numbers = {}
+        self._numbers, self._replayed = {}, {}
         return frame
 
     def _refuse(self, refused: Refused) -> None:
@@ -165,6 +170,8 @@ class OutputBuffer:
         for number, token in enumerate(output.tokens):
             delta.tokens.append(token)
             sequence.numbers.add(token, output.logits[number])
+            if output.replayed:
+                self._replayed.setdefault(output.id, []).append(output.replayed[number])
             if number < text_tokens:
                 text = detokenizer.push(token)
                 delta.text += text

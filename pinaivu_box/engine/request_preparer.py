@@ -34,6 +34,7 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.ngram_drafter import DraftStatistics, NgramDrafter
 from pinaivu_box.engine.prefix_cache import PrefixScope
+from pinaivu_box.engine.replay import Replay
 from pinaivu_box.engine.runner import Runner, TooManyTokens
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes
@@ -124,7 +125,7 @@ class RequestPreparer:
                 return Tokenized(name, [token for tokens in inputs for token in tokens])
             if message.plain and isinstance(request.prompt, str):
                 tokens = self._read(request.prompt, _MAX_ANSWER_TOKENS, self._runner.tokenize_text)
-                return Tokenized(name, tokens)
+                return Tokenized(name, tokens, ends=sorted(self._runner.facts.end_tokens))
             limit = max(self._context, _MAX_ANSWER_TOKENS)
             prompt = self._prompt(request, limit, cancellation, exact=message.count)
             if message.count:
@@ -141,7 +142,7 @@ class RequestPreparer:
     def _prepare(self, add: Add, cancellation: Cancellation | None) -> PreparedRequest:
         read = self._prompt(add, self._context, cancellation)
         prompt, thinking = read.tokens, read.thinking
-        self._check_tokens(add.output, "messages")
+        self._check_tokens([*add.output, *(add.replay or [])], "messages")
         if not prompt:
             raise _invalid("prompt", "the prompt is empty")
         if len(prompt) >= self._context:
@@ -161,6 +162,11 @@ class RequestPreparer:
         max_tokens = room if add.max_tokens is None else add.max_tokens
         shifts = self._context_shift and not read.images
         limit = max_tokens if shifts else min(max_tokens, room)
+        if add.replay is not None:
+            limit = len(add.replay)
+            if limit > room and not shifts:
+                raise TooManyTokens(len(prompt) + limit)
+        drafts = self._drafting and add.replay is None
         sequence = Sequence(
             id=add.id,
             tenant=add.tenant,
@@ -172,7 +178,8 @@ class RequestPreparer:
             sampling=add.sampling,
             weight=add.weight,
             priority=add.priority,
-            drafter=self._make_drafter(add) if self._drafting and limit <= room else None,
+            drafter=self._make_drafter(add) if drafts and limit <= room else None,
+            replay=None if add.replay is None else Replay(add.replay),
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
             images=read.images,
@@ -375,7 +382,7 @@ class RequestPreparer:
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
             constraint = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
             sequence.grammar = grammar = self._grammars.compile(
-                constraint, add.tenant, cancellation
+                constraint, add.tenant, cancellation, bounded=add.replay is None
             )
             if grammar is not None:
                 for token in add.output:

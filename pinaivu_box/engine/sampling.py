@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pinaivu_box.engine import single_row
 from pinaivu_box.engine.messages import Sampling, TokenLogprob
 from pinaivu_box.engine.runner import Float32, Int32
-from pinaivu_box.engine.splitmix import NOISE_SPAN, UInt64, gumbels, row_keys
+from pinaivu_box.engine.splitmix import NOISE_SPAN, UInt64, gumbel, gumbels, row_keys
 from pinaivu_box.engine.top_k import Ids, top_k
 
 Float64 = npt.NDArray[np.float64]
@@ -295,6 +295,18 @@ def survivors(logits: Float32, sampling: Sampling) -> Ids:
     if sampling.top_p < 1 and (sampling.typical_p < 1 or sampling.top_k):
         ids = _top_p(logits[ids], ids, sampling.top_p)
     return np.asarray(ids[logits[ids] >= _floor(logits[ids[0]], sampling)])
+
+
+def is_possible(row: Float32, sampling: Sampling, token: int) -> bool:
+    """Whether that token can be drawn from a position's adjusted logits, whatever the noise."""
+    if sampling.temperature == 0:
+        return bool(row[token] == row.max())
+    return bool(row[token] > -np.inf) and token in survivors(row, sampling)
+
+
+def noise(draw: Draw, token: int) -> float:
+    """The Gumbel noise of a token at that position."""
+    return gumbel(int(row_keys([draw.sampling.seed], np.array([draw.position]))[0]), token)
 
 
 def _floor(best: np.float32, sampling: Sampling) -> np.float32:

@@ -14,6 +14,7 @@ from pinaivu_box.engine.images import ImageSpan
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.ngram_drafter import NgramDrafter
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope
+from pinaivu_box.engine.replay import Replay
 from pinaivu_box.engine.sampling import NO_WINDOW, Draw, PenaltyWindow
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Sequence(QueuedRequest):
     draft_rate: float | None = None  # of the draft model's tokens, how many are accepted
     draft_from: int = 0  # tokens that it needs before the draft model is asked again
     grammar: Grammar | None = None
+    replay: Replay | None = None  # of an output that is computed again
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
     # Given tokens whose log-probabilities are wanted: the first `scored` were reported, and those
     # up to `scored_to` (None: of the prompt) are still to be; None if none are wanted.
@@ -149,6 +151,11 @@ class Sequence(QueuedRequest):
         return self.length >= self.max_length
 
     @property
+    def compares(self) -> bool:
+        """Whether more is wanted of its logits than a draw."""
+        return self.logprobs is not None or self.replay is not None
+
+    @property
     def plain(self) -> bool:
         """Whether its steps are a draw and nothing else."""
-        return self.grammar is None and self.logprobs is None and self.length >= self.min_length
+        return self.grammar is None and not self.compares and self.length >= self.min_length

@@ -274,6 +274,8 @@ class EngineProcess:
             self._deliver(refused.id, refused)
         for request_id, numbers in frame.numbers.items():
             frame.outputs[request_id].numbers = numbers  # it has ended with that output
+        for request_id, replayed in frame.replayed.items():
+            frame.outputs[request_id].replayed = replayed
         receiver_of = self._receivers.get
         for request_id, output in frame.outputs.items():
             if (receive := receiver_of(request_id)) is not None:

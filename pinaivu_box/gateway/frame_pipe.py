@@ -99,7 +99,10 @@ def _joined_steps(first: StepFrame, second: StepFrame) -> StepFrame:
         outputs[request_id] = output if before is None else _joined_output(before, output)
     prompts = {**first.prompts, **second.prompts}
     refused, numbers = [*first.refused, *second.refused], {**first.numbers, **second.numbers}
-    return StepFrame(prompts, refused, outputs, second.load, numbers)
+    replayed = first.replayed
+    for request_id, tokens in second.replayed.items():
+        replayed[request_id] = replayed.get(request_id, []) + tokens
+    return StepFrame(prompts, refused, outputs, second.load, numbers, replayed)
 
 
 def _joined_output(first: Output, second: Output) -> Output:

@@ -166,7 +166,7 @@ class _Items:
 
 
 # Fields of an Add that a job has as well.
-_SAME = set(Add.__struct_fields__) - {"id", "sampling", "scope", "named", "read"}
+_SAME = set(Add.__struct_fields__) - {"id", "sampling", "scope", "named", "read", "replay"}
 
 
 def _request(job: Job, sampling: Sampling) -> Add | Embed:

@@ -388,6 +388,7 @@ class Heard:
         self.shifted: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[messages.TokenLogprob]] = {}
         self.numbers: dict[str, bytes] = {}
+        self.replayed: dict[str, list[messages.ReplayedToken]] = {}
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
@@ -411,6 +412,8 @@ class Heard:
                 self.ends[name] = output.finish_reason
         assert frame.numbers.keys() <= self.ends.keys()
         self.numbers |= frame.numbers
+        for name, replayed in frame.replayed.items():
+            self.replayed.setdefault(name, []).extend(replayed)
         self.load = frame.load
 
     def answer(self, name: str) -> tuple[str, list[int], str]:
