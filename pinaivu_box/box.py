@@ -52,6 +52,7 @@ from pinaivu_box.models.model_scan import ModelScan
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.probe import Prober
 from pinaivu_box.network.network import Network
+from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.registry.pulls import Pulls
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
@@ -126,6 +127,7 @@ class Box:
     requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
+    receipt_log: ReceiptLog
     incidents: Incidents
     load: LoadTracker
     offers: Offers
@@ -304,7 +306,13 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
                 box.tls = certificates.context_of(current.certificate)
                 certificates.publish(home, current.certificate.pem)
             background = TaskSet()
-            background.spawn(retention.apply_hourly(database, lambda: box.config.retention))
+            await box.receipt_log.open()
+            background.spawn(box.receipt_log.keep())
+            background.spawn(
+                retention.apply_hourly(
+                    database, lambda: box.config.retention, box.receipt_log.removals
+                )
+            )
             background.spawn(box.watch_models())
             background.spawn(box.session_keys.drop_ended_hourly(database))
             background.spawn(box.watch_certificate())
@@ -322,6 +330,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
                 box.devices.close()
                 await box.digests.close()
                 await box.refusals.flush()
+                await box.receipt_log.cover()
                 await box.incidents.close()
 
 
@@ -468,6 +477,7 @@ def _join(
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
+        receipt_log=ReceiptLog(identity, database, home),
         incidents=incidents,
         load=load,
         offers=Offers(live, load, digests.of, lambda: admission.draining, upstreams),

@@ -32,6 +32,7 @@ from pinaivu_box.store.times import now_ms
 from tests.support.fake_model import FAKE
 from tests.support.in_process_box import in_process_box
 from tests.support.memory_transport import MemoryNetwork
+from tests.support.unlogged import unlogged
 
 pytestmark = pytest.mark.anyio
 MIDNIGHT = 20_000 * DAY_MS
@@ -187,7 +188,7 @@ async def test_incidents_are_kept_for_90_days(database: Database) -> None:
         await incidents.begin_run(database, at)
     open_since = now - 95 * DAY_MS
     await incidents.save(database, [Incident("open", "peer", "p", open_since, None, "Lost.")])
-    await retention.apply(database, RetentionConfig(), now)
+    await retention.apply(database, RetentionConfig(), now, unlogged)
     assert {one.id for one in await incidents.recent(database, 10)} == {"young", "open"}
     assert len(await incidents.runs(database)) == 1
 

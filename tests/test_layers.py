@@ -57,6 +57,7 @@ ROOMS = (
     "login",
     "chats",
     "home",
+    "receipt_log",
     "transport",
     "membership",
     "gossip",

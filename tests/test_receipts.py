@@ -308,7 +308,9 @@ def test_a_streamed_answer_verifies_by_its_concatenated_text(case: Case) -> None
 def test_show_prints_the_receipt(case: Case, tmp_path: Path) -> None:
     """With --json as the API serves it; without, unfolded for people."""
     as_json = run_command("receipts", "show", case.request_id, "--json", home=case.box.home).stdout
-    assert json.loads(as_json) == case.shown
+    served = case.box.http("GET", f"/v1/receipts/{case.request_id}", key=case.owner).json()
+    assert json.loads(as_json) == served
+    assert {**served, "inclusion": ""} == {**case.shown, "inclusion": ""}
     assert run(case, tmp_path, document=as_json.encode()).returncode == 0
     shown = json.loads(run_command("receipts", "show", case.request_id, home=case.box.home).stdout)
     assert shown["coordinator_signature"] == case.shown["coordinator_signature"]

@@ -21,6 +21,7 @@ from pinaivu_box.config import RetentionConfig
 from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database
 from tests.support.process_box import Box, wait_until
+from tests.support.unlogged import unlogged
 
 ROOT = Path(__file__).parent.parent
 HOUR, DAY = 3_600_000, 86_400_000
@@ -108,7 +109,7 @@ def apply(path: Path, now: int, **policy: str) -> None:
     async def run() -> None:
         async with Database(path) as database:
             kept: dict[str, Any] = {"requests": "-1", "receipts": "-1", "responses": "-1", **policy}
-            await retention.apply(database, RetentionConfig(**kept), now)
+            await retention.apply(database, RetentionConfig(**kept), now, unlogged)
 
     asyncio.run(run())
 
@@ -277,7 +278,7 @@ async def look(path: Path, now: int) -> None:
     """As a server does once an hour."""
     async with Database(path) as database:
         kept = RetentionConfig(requests="7d", receipts="7d", responses="7d")
-        await retention.apply(database, kept, await retention.believed(database, now))
+        await retention.apply(database, kept, await retention.believed(database, now), unlogged)
 
 
 def names(path: Path, table: str) -> list[str]:
@@ -385,7 +386,7 @@ from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database
 async def main():
     async with Database(pathlib.Path({str(path)!r})) as database:
-        await retention.apply(database, RetentionConfig(requests="2h"), {moment})
+        await retention.apply(database, RetentionConfig(requests="2h"), {moment}, None)
 asyncio.run(main())
 """
     hours, killed = hours_before(database, moment), 0
@@ -475,7 +476,9 @@ def test_a_failed_retention_run_is_logged_and_repeated(
             yield RetentionConfig()
 
         async with Database(path) as opened:
-            task = asyncio.create_task(retention.apply_hourly(opened, policies().__next__))
+            task = asyncio.create_task(
+                retention.apply_hourly(opened, policies().__next__, unlogged)
+            )
             await asyncio.wait_for(done.wait(), 60)
             task.cancel()
             await asyncio.wait([task])

@@ -314,7 +314,7 @@ asyncio.run(main())
         (INSERT, ("bad", 2**63, 1, "d")),
         ("INSERT INTO nothing VALUES (1)", ()),
         ("this is not SQL", ()),
-        ("INSERT INTO receipts VALUES ('r', 'no', 0, x'00', x'00', x'00', '', '')", ()),
+        ("INSERT INTO receipts VALUES ('r', 'no', 0, x'00', x'00', x'00', '', '', NULL)", ()),
     ],
     ids=[
         "unique", "type", "count", "object", "overflow", "no table", "syntax", "reference",

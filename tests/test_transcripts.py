@@ -29,6 +29,7 @@ from tests.support.fake_model import FAKE, fake_text
 from tests.support.in_process_command import run_command, run_command_json
 from tests.support.pages import PASSWORD, logged_in, make_account
 from tests.support.process_box import Box, StartBox, wait_until
+from tests.support.unlogged import unlogged
 
 SECRET, OTHER = "sk-pnv-" + "a" * 44, "sk-pnv-" + "b" * 44
 WORD = "Wolpertinger"
@@ -280,7 +281,7 @@ def test_retention_deletes_them_with_their_receipts(new_box: Callable[..., Box])
         aged = "UPDATE receipts SET created_at = 1000 WHERE request_id = ?"
         await database.write((aged, (old,)))
         policy = RetentionConfig(receipts="30d")
-        await retention.apply(database, policy, now_ms())
+        await retention.apply(database, policy, now_ms(), unlogged)
 
     in_database(box.home, month_later)
     with closing(sqlite3.connect(box.home / "pinaivu.db")) as database:

@@ -88,7 +88,7 @@ def _workspace(home: Path) -> Iterator[Path]:
 def _collect(home: Path, copy: Path) -> tuple[Manifest, dict[str, OpenFile]]:
     """The manifest, and an open file for each of its parts."""
     integrity.copy(home / DATABASE, copy)
-    integrity.without_sessions(copy)
+    integrity.make_backup_of(copy)
     schema = integrity.check(copy, f"The database of {home}", alone=True)
     files: dict[str, OpenFile] = {
         name: io.BytesIO((home / name).read_bytes())

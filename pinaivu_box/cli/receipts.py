@@ -159,19 +159,22 @@ def _document(call: Call, file_or_id: str) -> bytes:
 
 
 def _from_database(call: Call, request_id: str) -> bytes:
+    from pinaivu_box.receipt_log.proofs import inclusion
     from pinaivu_box.receipts.receipt import view
-    from pinaivu_box.store.requests import StoredReceipt, find_receipt
+    from pinaivu_box.store.requests import find_receipt
 
     if not (call.home / "pinaivu.db").exists():
         raise CliError(f"There is no box in {call.home}: choose another --home, or verify a file.")
 
-    async def work(database: Any) -> StoredReceipt | None:
-        return await find_receipt(database, request_id, account_id=None)
+    async def work(database: Any) -> Any:
+        receipt = await find_receipt(database, request_id, account_id=None)
+        return receipt and (receipt, await inclusion(database, request_id))
 
-    receipt = call.in_database(work)
-    if receipt is None:
+    found = call.in_database(work)
+    if found is None:
         raise CliError(f"There is no receipt of {request_id} in {call.home}.")
-    return msgspec.json.encode(view(receipt.signed, receipt.signature, receipt.opening))
+    receipt, proof = found
+    return msgspec.json.encode(view(receipt.signed, receipt.signature, receipt.opening, proof))
 
 
 def _transcript(request_file: Path | None, answer: Path | None, stop: list[str]) -> Any:

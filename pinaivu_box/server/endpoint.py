@@ -8,7 +8,7 @@ A handler is an async function.  Its parameters say what it needs:
 * `body`, a struct of the JSON body; with a default the body may be left out.
 
 It returns the struct that is sent as JSON (a `request_id` that it left empty is filled in), or a
-response of its own: `JSON[T]`, `JsonLines[T]`, `EventStream`.
+response of its own: `JSON[T]`, `JsonLines[T]`, `EventStream`, `PlainText`, `Octets`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pinaivu_box.policy import Scope
 from pinaivu_box.server.bodies import read
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.json_response import JSON, JsonLines
+from pinaivu_box.server.plain import Octets, PlainText
 from pinaivu_box.server.sse import EventStream
 from pinaivu_box.text import END
 
@@ -184,7 +185,7 @@ def _returned(annotation: Any) -> tuple[type[Struct] | None, list[str]]:
         if issubclass(origin, JSON | JsonLines):
             (struct,) = get_args(part)
             media_types.append(origin.media_type)
-        elif issubclass(origin, EventStream):
+        elif issubclass(origin, EventStream | PlainText | Octets):
             media_types.append(origin.media_type)
         elif issubclass(origin, Struct):
             struct = part

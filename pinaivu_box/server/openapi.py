@@ -10,9 +10,8 @@ from msgspec import Struct
 
 from pinaivu_box import __version__
 from pinaivu_box.server.endpoint import Endpoint
-from pinaivu_box.server.json_response import JSON
+from pinaivu_box.server.json_response import JSON, JsonLines
 from pinaivu_box.server.sessions import COOKIE, CSRF_HEADER
-from pinaivu_box.server.sse import EventStream
 
 
 class OpenAIError(Struct, frozen=True):
@@ -40,6 +39,7 @@ _ERRORS = {
     "422": "A field is invalid; `detail` says which.",
     "503": "This cannot be served now; Retry-After says when to try again.",
 }
+_JSON = (JSON.media_type, JsonLines.media_type)
 _BY_DEFAULT: list[dict[str, list[str]]] = [{"key": []}, {"session": []}]
 _SCHEMES = {
     "key": {"type": "http", "scheme": "bearer"},
@@ -91,10 +91,10 @@ def specification(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
     response = _schema(endpoint.response) if endpoint.response is not None else {}
     content = {
-        kind: {"schema": {"type": "string"}} if kind == EventStream.media_type else response
+        kind: response if kind in _JSON else {"schema": {"type": "string"}}
         for kind in endpoint.media_types
     }
-    query = endpoint.query.__struct_fields__ if endpoint.query else ()
+    query = endpoint.query.__struct_encode_fields__ if endpoint.query else ()
     parameters = [_parameter(name, "path", required=True) for name in endpoint.path_parameters]
     parameters += [_parameter(name, "query", required=False) for name in query]
     error = {JSON.media_type: _schema(ErrorBody)}

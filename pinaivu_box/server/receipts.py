@@ -20,7 +20,7 @@ from pinaivu_box.server.context import box_of, named_field
 from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.server.usage import account_id, key_id
 from pinaivu_box.store import requests, transcripts
-from pinaivu_box.store.requests import ListedReceipt
+from pinaivu_box.store.requests import ListedReceipt, StoredReceipt
 
 
 class ReceiptQuery(PageQuery, frozen=True):
@@ -94,6 +94,15 @@ async def _selection(request: Request, query: ReceiptQuery) -> dict[str, Any]:
 
 async def get_receipt(request: Request, request_id: str) -> ReceiptView:
     """An admin key does not get the openings of other accounts: those are for their owners."""
+    receipt, is_own = await receipt_of(request, request_id)
+    proof = await box_of(request).receipt_log.inclusion(request_id)
+    opening = receipt.opening if is_own else None
+    return view(receipt.signed, receipt.signature, opening, proof)
+
+
+async def receipt_of(request: Request, request_id: str) -> tuple[StoredReceipt, bool]:
+    """The receipt if the key may see it, and whether its account made the request.  Raises
+    ReceiptNotFound."""
     database, key = box_of(request).database, key_of(request)
     own = await requests.find_receipt(database, request_id, account_id=key.account_id)
     receipt = own or (
@@ -104,7 +113,7 @@ async def get_receipt(request: Request, request_id: str) -> ReceiptView:
             f"There is no receipt of {request_id} for this key: check the request_id, and use a "
             "key of the account that made the request."
         )
-    return view(receipt.signed, receipt.signature, own.opening if own else None)
+    return receipt, own is not None
 
 
 async def get_transcript(request: Request, request_id: str) -> TranscriptView:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pinaivu_box.errors import DatabaseUnusable
+from pinaivu_box.store import log
 from pinaivu_box.store.schema import APPLICATION_ID, CURRENT
 
 _BUSY_SECONDS = 15.0
@@ -59,9 +60,10 @@ def _version(connection: sqlite3.Connection, name: str) -> int:
     return int(version)
 
 
-def without_sessions(path: Path) -> None:
-    """Delete the sessions and one-time links of a copy, that nobody else has: a backup revives none
-    that has ended since.  Raises sqlite3.Error."""
+def make_backup_of(path: Path) -> None:
+    """Make of a copy, that nobody else has, what is restored later.  Its sessions and one-time
+    links are deleted: a backup revives none that has ended since.  And it says that its log of
+    receipts must not go on, which has grown elsewhere since.  Raises sqlite3.Error."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")  # no other file beside it
         connection.execute("PRAGMA secure_delete = ON")
@@ -69,6 +71,8 @@ def without_sessions(path: Path) -> None:
         if version >= 6:  # which has them
             for table in ("sessions", "login_links"):
                 connection.execute(f"DELETE FROM {table}")
+        if version >= 7:
+            connection.execute(*log.to_do(log.RESTORED))
 
 
 def copy(source: Path, target: Path) -> None:

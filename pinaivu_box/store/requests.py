@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from ulid import ULID
 
-from pinaivu_box.store import keys, transcripts
+from pinaivu_box.store import keys, log, transcripts
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.transcripts import StoredTranscript
 
@@ -43,8 +43,9 @@ async def store_request(
     period: int = 0,
     transcript: StoredTranscript | None = None,
 ) -> None:
-    """Store the usage row, the receipt and the transcript of a request and add it to its key's
-    counters, in one transaction; it is on disk on return.
+    """Store the usage row, the receipt and the transcript of a request, append the entry of the
+    receipt to the log and add it all to the key's counters, in one transaction; it is on disk on
+    return.
 
     Triggers add it to the sums of usage (schema.sql).  `period` is as in `keys.charge`.
     """
@@ -55,10 +56,12 @@ async def store_request(
             f"INSERT INTO requests ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))})",
             msgspec.structs.astuple(row),
         ),
+        log.append(receipt.signed),
         (
-            "INSERT INTO receipts"
-            " (request_id, key_id, account_id, model, created_at, signed, signature, opening)"
-            " VALUES (?1, ?2, (SELECT account_id FROM keys WHERE id = ?2), ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO receipts (request_id, key_id, account_id, model, created_at,"
+            " signed, signature, opening, log_entry)"
+            " VALUES (?1, ?2, (SELECT account_id FROM keys WHERE id = ?2), ?3, ?4, ?5, ?6, ?7,"
+            " last_insert_rowid())",
             (
                 *(row.request_id, row.key_id, row.model, row.created_at),
                 *msgspec.structs.astuple(receipt),

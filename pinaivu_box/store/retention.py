@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from pinaivu_box.config import RetentionConfig, parse_duration
 from pinaivu_box.store import incidents, sessions, usage
-from pinaivu_box.store.database import Database
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 log = logging.getLogger("pinaivu.retention")
@@ -45,7 +45,7 @@ def _delete(table: str, key: str, condition: str) -> str:
 
 OLD_ROWS = {
     "requests": _delete("requests", "request_id", "created_at < ?2"),
-    "receipts": _delete("receipts", "rowid", "created_at < ?2"),
+    "receipts": "SELECT rowid, log_entry FROM receipts WHERE created_at < ?2 LIMIT ?1",
     "responses": _delete("responses", "rowid", "created_at < ?2"),
 }
 # Whose age no setting says: statement and milliseconds.  A run is deleted when nothing of it is as
@@ -84,12 +84,20 @@ OWNERS = (  # of sums of usage
 )
 
 
-async def apply_hourly(database: Database, policy: Callable[[], RetentionConfig]) -> None:
+# The statements that record, in the transaction that deletes receipts, that those of the entries
+# with these ids were deleted: the log shows that they were there.
+Removals = Callable[[Sequence[int]], Awaitable[Sequence[SqlStatement]]]
+_DELETE_RECEIPTS = "DELETE FROM receipts WHERE rowid IN (SELECT value FROM json_each(?))"
+
+
+async def apply_hourly(
+    database: Database, policy: Callable[[], RetentionConfig], removals: Removals
+) -> None:
     """Apply the policy each hour, until it is cancelled; errors are logged."""
     while True:
         try:
             now = await believed(database, now_ms())
-            await apply(database, policy(), now)
+            await apply(database, policy(), now, removals)
             await database.write(*sessions.delete_ended(now))
         except Exception:
             log.exception("old rows could not be deleted, the next hour tries again")
@@ -140,17 +148,32 @@ async def believed(database: Database, now: int) -> int:
     return after.believed
 
 
-async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
+async def apply(database: Database, policy: RetentionConfig, now: int, removals: Removals) -> None:
     """Delete what is too old at `now` (Unix milliseconds), and roll up the days before."""
     for table, statement in OLD_ROWS.items():
         kept_ms = parse_duration(getattr(policy, table)) * 1000
         if kept_ms >= 0:
             before = now - round(kept_ms)
+            if table == "receipts":
+                await _remove_receipts(database, before, removals)
+                continue
             await _repeat(database, statement, before)
             if table == "requests":
                 await _roll_up(database, before - before % _DAY_MS)
     for statement, kept_for in OF_FIXED_AGE:
         await _repeat(database, statement, now - kept_for)
+
+
+async def _remove_receipts(database: Database, before: int, removals: Removals) -> None:
+    count = MAX_ROWS
+    while count == MAX_ROWS:
+        began = time.monotonic()
+        rows = await database.read(OLD_ROWS["receipts"], (MAX_ROWS, before))
+        if count := len(rows):
+            recorded = await removals([entry for _, entry in rows if entry is not None])
+            ids = msgspec.json.encode([rowid for rowid, _ in rows]).decode()
+            await database.write(*recorded, (_DELETE_RECEIPTS, (ids,)))
+        await asyncio.sleep(time.monotonic() - began)
 
 
 async def _roll_up(database: Database, before: int) -> None:

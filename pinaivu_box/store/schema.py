@@ -177,7 +177,55 @@ _TO_6 = (  # the pages: sessions, links for logging in, incidents, chats
         sealed      BLOB NOT NULL
     ) STRICT, WITHOUT ROWID""",
 )
-_LOG: tuple[str, ...] = ()  # the log of receipts, and its checkpoints
+_LOG = (  # the log of receipts, and its checkpoints
+    "ALTER TABLE receipts ADD COLUMN log_entry INTEGER",
+    "CREATE UNIQUE INDEX receipts_by_entry ON receipts (log_entry) WHERE log_entry IS NOT NULL",
+    "CREATE INDEX receipts_without_entry ON receipts (created_at) WHERE log_entry IS NULL",
+    """CREATE TABLE logs (
+        id           INTEGER PRIMARY KEY,
+        origin       TEXT NOT NULL UNIQUE,
+        first_entry  INTEGER NOT NULL,
+        size         INTEGER,
+        restart      BLOB,
+        signature    BLOB
+    ) STRICT""",
+    """CREATE TABLE log_entries (
+        id    INTEGER PRIMARY KEY AUTOINCREMENT,
+        hash  BLOB NOT NULL
+    ) STRICT""",
+    """CREATE TRIGGER log_entries_are_not_changed BEFORE UPDATE ON log_entries WHEN 1
+    BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END""",
+    """CREATE TRIGGER log_entries_are_not_deleted BEFORE DELETE ON log_entries
+    BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END""",
+    """CREATE TRIGGER log_entries_are_not_replaced BEFORE INSERT ON log_entries
+    WHEN EXISTS (SELECT 1 FROM log_entries WHERE id = NEW.id)
+    BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END""",
+    """CREATE TABLE log_tiles (
+        log     INTEGER NOT NULL REFERENCES logs (id),
+        level   INTEGER NOT NULL,
+        number  INTEGER NOT NULL,
+        hashes  BLOB NOT NULL,
+        PRIMARY KEY (log, level, number)
+    ) STRICT""",
+    """CREATE TABLE log_checkpoints (
+        log       INTEGER NOT NULL REFERENCES logs (id),
+        size      INTEGER NOT NULL,
+        at        INTEGER NOT NULL,
+        note      TEXT NOT NULL,
+        cosigned  INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (log, size)
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX log_checkpoints_cosigned ON log_checkpoints (log, size) WHERE cosigned > 0",
+    """CREATE TABLE log_removals (
+        id         INTEGER PRIMARY KEY,
+        log        INTEGER NOT NULL REFERENCES logs (id),
+        signed     BLOB NOT NULL,
+        signature  BLOB NOT NULL
+    ) STRICT""",
+    "CREATE INDEX log_removals_by_log ON log_removals (log, id)",
+    "CREATE TABLE log_pending (task TEXT PRIMARY KEY) STRICT, WITHOUT ROWID",
+    "INSERT INTO log_pending VALUES ('adopt')",
+)
 _WITNESSES: tuple[str, ...] = ()  # checkpoints of others, cosignatures, evidence
 _TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = (
     "ALTER TABLE keys ADD COLUMN transcript_key BLOB",

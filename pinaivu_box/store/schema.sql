@@ -153,8 +153,11 @@ CREATE TABLE receipts (
     signature   BLOB NOT NULL,
     opening     BLOB NOT NULL,            -- JSON: opens the commitments, for the key's owner
     account_id  TEXT NOT NULL DEFAULT '', -- for lists of receipts, which outlive
-    model       TEXT NOT NULL DEFAULT ''  -- the rows of their requests
+    model       TEXT NOT NULL DEFAULT '', -- the rows of their requests
+    log_entry   INTEGER                   -- the id of its entry in the log
 ) STRICT;
+CREATE UNIQUE INDEX receipts_by_entry ON receipts (log_entry) WHERE log_entry IS NOT NULL;
+CREATE INDEX receipts_without_entry ON receipts (created_at) WHERE log_entry IS NULL;
 CREATE INDEX receipts_by_time ON receipts (created_at);
 -- A page is read in the order of the ids, which is that of time; with the model in the index,
 -- receipts of other models are skipped without being read.
@@ -719,6 +722,61 @@ CREATE TRIGGER ledger_statements_are_paid AFTER INSERT ON ledger_paid BEGIN
 END;
 
 -- The log of receipts, and its checkpoints.
+
+-- Its histories, of which the last goes on.  Entries between two belong to none: no checkpoint
+-- covers them, and their receipts have got others.
+CREATE TABLE logs (
+    id           INTEGER PRIMARY KEY,
+    origin       TEXT NOT NULL UNIQUE,
+    first_entry  INTEGER NOT NULL,  -- the id of the entry with the index 0
+    size         INTEGER,           -- once it has ended
+    restart      BLOB,              -- what the box has signed about the log before, if it had one
+    signature    BLOB
+) STRICT;
+
+CREATE TABLE log_entries (
+    id    INTEGER PRIMARY KEY AUTOINCREMENT,
+    hash  BLOB NOT NULL  -- SHA-256 of the signed bytes of a receipt, which may be deleted
+) STRICT;
+CREATE TRIGGER log_entries_are_not_changed BEFORE UPDATE ON log_entries WHEN 1
+BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
+CREATE TRIGGER log_entries_are_not_deleted BEFORE DELETE ON log_entries
+BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
+CREATE TRIGGER log_entries_are_not_replaced BEFORE INSERT ON log_entries
+WHEN EXISTS (SELECT 1 FROM log_entries WHERE id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
+
+-- Hashes of 256 entries each, and of 256 such hashes; those of single entries follow from these.
+CREATE TABLE log_tiles (
+    log     INTEGER NOT NULL REFERENCES logs (id),
+    level   INTEGER NOT NULL,  -- from 1 on
+    number  INTEGER NOT NULL,
+    hashes  BLOB NOT NULL,     -- up to 256, side by side
+    PRIMARY KEY (log, level, number)
+) STRICT;
+
+CREATE TABLE log_checkpoints (
+    log       INTEGER NOT NULL REFERENCES logs (id),
+    size      INTEGER NOT NULL,
+    at        INTEGER NOT NULL,
+    note      TEXT NOT NULL,               -- signed, with the cosignatures that have come
+    cosigned  INTEGER NOT NULL DEFAULT 0,  -- by so many witnesses
+    PRIMARY KEY (log, size)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX log_checkpoints_cosigned ON log_checkpoints (log, size) WHERE cosigned > 0;
+
+-- Which receipts the box has deleted itself.
+CREATE TABLE log_removals (
+    id         INTEGER PRIMARY KEY,
+    log        INTEGER NOT NULL REFERENCES logs (id),
+    signed     BLOB NOT NULL,  -- the exact bytes under the signature
+    signature  BLOB NOT NULL
+) STRICT;
+CREATE INDEX log_removals_by_log ON log_removals (log, id);
+
+-- What is to be done before the log goes on: adopt (receipts that have no entry get one), restored
+-- (this is a copy: another log begins).
+CREATE TABLE log_pending (task TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 
 -- Checkpoints of others, cosignatures, evidence.
 

@@ -763,7 +763,7 @@ async def receipt_at_b(pair: Pair, one: LedgerEntry, **changes: Any) -> None:
     await pair.b.write(
         ("INSERT OR IGNORE INTO keys SELECT 'key_1', 'acct_owner', x'00', '', '', '', '{}', 0,"
          " NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0", ()),
-        ("INSERT INTO receipts VALUES (?, 'key_1', 0, ?, x'00', x'00', 'acct_1', 'a:1')",
+        ("INSERT INTO receipts VALUES (?, 'key_1', 0, ?, x'00', x'00', 'acct_1', 'a:1', NULL)",
          (one.request_id, sign_receipt(B, receipt)[0])),
     )  # fmt: skip
 

@@ -1,0 +1,225 @@
+"""When a log goes on, and when another begins.
+
+A box must never sign two trees of one origin that do not agree.  So its log ends where the database
+is not the one that it wrote last: after `pinaivu restore`, if an older copy was put in its place,
+if entries were changed.  The next log has an origin of its own, and begins with what the box signs
+about the one before (`log/restart.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from pinaivu_box.identity import Identity
+from pinaivu_box.log import checkpoint, note, restart
+from pinaivu_box.log.checkpoint import Checkpoint
+from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.log.restart import Restart, SignedRestart
+from pinaivu_box.receipt_log import adoption, last_shown, tree
+from pinaivu_box.store import log as store
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.log import Log, LogDamaged
+from pinaivu_box.store.times import now_ms
+from pinaivu_box.text import utc_text
+
+log = logging.getLogger("pinaivu.log")
+
+RESTORED = "The box was restored from a backup."
+LOST = "The database of the box was lost."
+REPLACED = "The database was replaced by an older copy, or by another."
+OTHER_KEY = "The key of the box was replaced."
+BEHIND = "The log was behind what a witness has"
+CHANGED = "The stored log was changed behind the box's back"
+
+
+class Known(NamedTuple):
+    """A checkpoint of this box, with its signatures."""
+
+    checkpoint: Checkpoint
+    note: Note
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return checkpoint.epoch_of(self.checkpoint.origin), self.checkpoint.size
+
+
+class Histories:
+    """The logs of this home."""
+
+    def __init__(self, identity: Identity, database: Database, home: Path) -> None:
+        self._identity = identity
+        self._database = database
+        self._home = home
+        self.all: list[Log] = []
+
+    @property
+    def current(self) -> Log:
+        return self.all[-1]
+
+    async def read(self) -> None:
+        self.all = await store.logs(self._database)
+
+    async def open(self) -> None:
+        """Go on with the last log, or begin another.  Raises OSError, sqlite3.Error."""
+        await self.read()
+        tasks = await store.pending(self._database)
+        shown = self._shown()
+        if reason := await self._reason(tasks, shown):
+            await self.begin(reason, shown)
+        elif not self.all:
+            await self.begin(None, None)
+        elif store.ADOPT in tasks:
+            await self._adopt()
+
+    async def begin(self, reason: str | None, known: Known | None) -> None:
+        """Begin another log, for that reason (a sentence; None: the box has had none)."""
+        previous = self.all[-1] if self.all else None
+        size = 0
+        if previous is not None:
+            size, known = await self._last_valid(previous, known)
+        origin = self._new_origin(known)
+        said = None
+        if reason is not None:
+            was = previous.origin if previous is not None else None
+            said = self._statement(origin, reason, known, was)
+        await self._database.write(
+            *(store.end(previous, size) if previous is not None else []),
+            *(() if previous is not None else (store.to_do(store.ADOPT),)),
+            store.begin(origin, *_columns(said)),
+            store.done(store.RESTORED),
+        )
+        await self.read()
+        fields = {"origin": origin, "reason": reason or ""}
+        level = logging.WARNING if reason else logging.INFO
+        log.log(level, "a log of receipts begins", extra={"fields": fields})
+        await self._adopt()
+
+    async def say(self, reason: str, known: Known) -> None:
+        """Sign, if nothing is said yet about what was before the current log, that it was this."""
+        if self.current.restart is None:
+            said = self._statement(self.current.origin, reason, known, None)
+            await self._database.write(store.set_restart(self.current, *_signed(said)))
+            await self.read()
+
+    async def contradiction(self, known: Known) -> str | None:
+        """Why the current log cannot go on, if its stored entries do not lead to a checkpoint of
+        it."""
+        try:
+            size = await store.size(self._database, self.current)
+            if known.checkpoint.size > size:
+                return f"it has {size} entries, and its checkpoint {known.checkpoint.size}"
+            await tree.extend(self._database, self.current, known.checkpoint.size)
+            root = await tree.root(self._database, self.current, known.checkpoint.size)
+        except LogDamaged as error:
+            return error.message
+        if root != known.checkpoint.root:
+            return f"its first {known.checkpoint.size} entries are not those of its checkpoint"
+        return None
+
+    async def _reason(self, tasks: set[str], shown: Known | None) -> str | None:
+        """Why another log has to begin after one that was before, if so."""
+        if not self.all:
+            return LOST if shown is not None else None
+        if store.RESTORED in tasks:
+            return RESTORED
+        if checkpoint.node_of(self.current.origin) != self._identity.node_id:
+            return OTHER_KEY
+        if shown is not None and self._is_older_than(shown):
+            return REPLACED
+        try:
+            await store.size(self._database, self.current)
+        except LogDamaged as error:
+            return f"{CHANGED}: {error.message}."
+        last = await self._last_checkpoint(self.current)
+        for known, reason in ((last, CHANGED), (shown, REPLACED.removesuffix("."))):
+            if known is None or known.checkpoint.origin != self.current.origin:
+                continue
+            if why := await self.contradiction(known):
+                return f"{reason}: {why}."
+        return None
+
+    def _is_older_than(self, shown: Known) -> bool:
+        """Whether a checkpoint is of a log that this database does not have."""
+        epoch = checkpoint.epoch_of(self.current.origin)
+        return checkpoint.epoch_of(shown.checkpoint.origin) > epoch
+
+    def _shown(self) -> Known | None:
+        found = last_shown.read(self._home, self._identity.node_id)
+        return Known(*found) if found is not None else None
+
+    async def _last_checkpoint(self, of: Log) -> Known | None:
+        stored = await store.last_checkpoint(self._database, of)
+        return _known(stored.note, of.origin) if stored is not None else None
+
+    async def _last_valid(self, of: Log, known: Known | None) -> tuple[int, Known | None]:
+        """How many entries of a log its newest checkpoint covers to which they still lead; and the
+        latest of all checkpoints that are known of this box."""
+        latest = [known] if known is not None else []
+        valid = 0
+        for stored in await store.checkpoints(self._database, of):
+            if (found := _known(stored.note, of.origin)) is None:
+                continue
+            latest.append(found)
+            try:
+                root = await tree.root(self._database, of, found.checkpoint.size)
+            except LogDamaged:
+                continue
+            if root == found.checkpoint.root:
+                valid = found.checkpoint.size
+                break
+        return valid, max(latest, key=lambda each: each.order, default=None)
+
+    def _new_origin(self, known: Known | None) -> str:
+        epochs = [checkpoint.epoch_of(each.origin) for each in self.all]
+        if known is not None:
+            epochs.append(checkpoint.epoch_of(known.checkpoint.origin))
+        # Later than all before, whatever the clock says.
+        epoch = max([now_ms(), *(each + 1 for each in epochs)])
+        return checkpoint.origin(self._identity.node_id, epoch)
+
+    def _statement(
+        self, origin: str, reason: str, known: Known | None, previous: str | None
+    ) -> SignedRestart:
+        own = known is not None and known.checkpoint.node_id == self._identity.node_id
+        last = known if own else None
+        if previous is not None and checkpoint.node_of(previous) != self._identity.node_id:
+            previous = None
+        return restart.sign(
+            self._identity,
+            Restart(
+                node_id=self._identity.node_id,
+                origin=origin,
+                previous_origin=last.checkpoint.origin if last is not None else previous,
+                last_checkpoint=str(last.note) if last is not None else None,
+                time=utc_text(time.time()),
+                reason=reason,
+            ),
+        )
+
+    async def _adopt(self) -> None:
+        count = await asyncio.to_thread(adoption.adopt, self._database.path, self._identity.node_id)
+        if count:
+            log.info("receipts have got entries in the log", extra={"fields": {"receipts": count}})
+
+
+def _known(text: str, origin: str) -> Known | None:
+    """A stored checkpoint, if the box of that log has signed it."""
+    try:
+        signed = note.read(text)
+        found = checkpoint.read(signed)
+    except NoteError:
+        return None
+    right = found.origin == origin and checkpoint.is_signed(signed, found)
+    return Known(found, signed) if right else None
+
+
+def _signed(statement: SignedRestart) -> tuple[bytes, bytes]:
+    return statement.signed.encode(), bytes.fromhex(statement.signature)
+
+
+def _columns(statement: SignedRestart | None) -> tuple[bytes | None, bytes | None]:
+    return (None, None) if statement is None else _signed(statement)
