@@ -761,9 +761,10 @@ async def receipt_at_b(pair: Pair, one: LedgerEntry, **changes: Any) -> None:
         "credits", "stop", {}, [signed], "11" * 32, "22" * 32, TokenUsage(20, 10, 5),
     )  # fmt: skip
     await pair.b.write(
-        ("INSERT OR IGNORE INTO keys SELECT 'key_1', 'acct_owner', x'00', '', '', '', '{}', 0,"
-         " NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0", ()),
-        ("INSERT INTO receipts VALUES (?, 'key_1', 0, ?, x'00', x'00', 'acct_1', 'a:1', NULL)",
+        ("INSERT OR IGNORE INTO keys (id, account_id, hash, prefix, last_four, name, policy,"
+         " created_at) VALUES ('key_1', 'acct_owner', x'00', '', '', '', '{}', 0)", ()),
+        ("INSERT INTO receipts (request_id, key_id, created_at, signed, signature, opening,"
+         " account_id, model) VALUES (?, 'key_1', 0, ?, x'00', x'00', 'acct_1', 'a:1')",
          (one.request_id, sign_receipt(B, receipt)[0])),
     )  # fmt: skip
 
