@@ -18,6 +18,8 @@ from msgspec import Struct
 
 from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
+from pinaivu_box.audits.finding import Replay, not_here
+from pinaivu_box.audits.service import AuditService
 from pinaivu_box.config import Config
 from pinaivu_box.devices import DeviceMonitor
 from pinaivu_box.errors import CliError
@@ -150,6 +152,8 @@ class Box:
     network: Network | None = None  # all None without [peering]
     peer_policies: PeerPolicies | None = None
     peer_services: PeerServices | None = None
+    audits: AuditService | None = None
+    replay: Replay = not_here
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
@@ -394,6 +398,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         running.spawn(network.run())
         background.spawn(box.offers.keep_learning(network.changed))
         background.spawn(reputation.load_and_save(services.reputation, box.database))
+        background.spawn(_audits(box, services).run())
         if box.config.peering.announce:
             background.spawn(_announce(network))
         try:
@@ -423,6 +428,22 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
     box.admission.remote = services.candidates
     box.requests.runner = services.runner
     return services
+
+
+def _audits(box: Box, services: PeerServices) -> AuditService:
+    """Audit what peers serve from now on, while neither this box's requests nor those of peers
+    run."""
+    audits = box.audits = AuditService(
+        identity=box.identity,
+        settings=box.settings,
+        database=box.database,
+        reputation=services.reputation,
+        replay=lambda transcript, legs: box.replay(transcript, legs),
+        busy=lambda: bool(box.requests.count) or not services.serving.admission.idle.is_set(),
+        registry=box.metrics.registry,
+    )
+    box.requests.receipted = audits.sampled.take
+    return audits
 
 
 async def _announce(network: Network) -> None:

@@ -71,7 +71,8 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     for all), and `routing` overrides `[peering] policy`; "never" is the same as `local-only`.  With
     `strict`, fields of a request that are not supported are refused instead of ignored and named in
     the answer; `lenient`, of earlier versions, has no effect.  `prices`: the price of 1,000 tokens,
-    or several, by glob of model ids; the first match applies.
+    or several, by glob of model ids; the first match applies.  With `audit` "off" nothing that
+    peers serve for it is computed again.
     """
 
     scopes: tuple[Scope, ...] = MEMBER_SCOPES
@@ -88,6 +89,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     peers: tuple[str, ...] = ()
     routing: RoutingPolicy | None = None
     prices: dict[str, str | Prices] = {}
+    audit: Literal["on", "off"] = "on"
 
     @property
     def local_only(self) -> bool:

@@ -37,6 +37,8 @@ def within(policy: Policy, allowed: Policy) -> Policy:
         inherited["scopes"] = (*inherited.get("scopes", policy.scopes), LOCAL_ONLY)
     if not policy.prices:
         inherited["prices"] = allowed.prices
+    if allowed.audit == "off":
+        inherited["audit"] = "off"
     if policy.weight == 1.0:
         inherited["weight"] = min(1.0, allowed.weight)
     return structs.replace(policy, **inherited)

@@ -516,7 +516,18 @@ def test_a_command_prints_the_same_json(home: Path, clock: None, line: str) -> N
     if line.startswith("receipts verify"):  # what a check means is a sentence
         printed, before = ([{**one, "meaning": ""} for one in of] for of in (printed, before))
         printed = [one for one in printed if one["name"] != "log"]  # there was none
-    assert printed == before
+    assert as_it_was(printed, before) == before
+
+
+def as_it_was(now: Any, before: Any) -> Any:
+    """Without the fields of objects that have come since."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {
+            name: as_it_was(value, before[name]) for name, value in now.items() if name in before
+        }
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [as_it_was(*pair) for pair in zip(now, before, strict=True)]
+    return now
 
 
 def test_the_keys_of_a_home_work(home: Path, clock: None) -> None:

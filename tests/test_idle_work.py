@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from llguidance import LLMatcher
 
+from pinaivu_box import idle_time
 from pinaivu_box.chats import extraction, titles
 from pinaivu_box.chats.conversations import Chats
 from pinaivu_box.chats.memories import Memories
 from pinaivu_box.chats.sealing import RowSealer, new_data_key
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.login.session_keys import SessionKeys
-from pinaivu_box.server import idle_work, own_requests
+from pinaivu_box.server import own_requests
 from pinaivu_box.server.idle_questions import Spoken, Untitled
 from pinaivu_box.server.idle_work import IdleWork
 from pinaivu_box.store import accounts, pages_keys
@@ -94,8 +95,8 @@ class Idle:
 
 @pytest.fixture
 async def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Idle]:
-    monkeypatch.setattr(idle_work, "_IDLE_SECONDS", 0.02)
-    monkeypatch.setattr(idle_work, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(idle_time, "_IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(idle_time, "_LOOK_SECONDS", 0.01)
     async with database_of(prepare_home(tmp_path)) as database:
         owner = await accounts.find(database, OWNER)
         key = await pages_keys.of(database, owner, Actor("test", "local"))

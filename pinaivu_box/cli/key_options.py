@@ -57,6 +57,11 @@ OPTIONS = (
         help="Reject request fields that are not supported; by default they are ignored and named "
         "in the answer.",
     ),
+    click.Option(
+        ["--audit"],
+        type=click.Choice(("on", "off", NONE)),
+        help="Whether what peers serve for it is audited now and then.  [default: on]",
+    ),
     _repeatable(
         "--price",
         "prices",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import click
 
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
+from pinaivu_box.cli.evidence import evidence_of, print_checks
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import limit_option, standard_options
-from pinaivu_box.cli.render import UNKNOWN, Column, money, time_text
+from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, time_text
+from pinaivu_box.cli.transcripts import key_file_option
 
 _PATH = "/v1/admin/ledger"
 _SETTLE_SECONDS = 330.0
@@ -50,6 +53,15 @@ _ENTRY_COLUMNS = (
     Column("CURRENCY", attrgetter("currency"), drop=4),
     Column("STATEMENT", lambda entry: entry.statement or _state(entry), drop=3),
 )
+_DISPROOF_COLUMNS = (
+    Column("AT (UTC)", lambda disproof: time_text(disproof.at)),
+    Column("PEER", attrgetter("name")),
+    Column("REQUEST", attrgetter("request_id")),
+    Column("LEG", lambda disproof: str(disproof.leg), number=True, drop=2),
+    Column("CHOICE", lambda disproof: str(disproof.choice), number=True, drop=1),
+    Column("AMOUNT", attrgetter("amount"), number=True, drop=4),
+    Column("CURRENCY", attrgetter("currency"), drop=3),
+)
 _STATEMENT_COLUMNS = (
     Column("ID", attrgetter("id")),
     Column("PEER", attrgetter("name")),
@@ -83,6 +95,64 @@ def ledger(context: click.Context, call: Call) -> None:
                 "'ledger settle' shows it the proofs, 'ledger forgive' writes them off.",
                 err=True,
             )
+        if balance.disproved != "0":
+            click.echo(
+                f"Of what {balance.name} served, {balance.disproved} {balance.currency} are for "
+                "answers that audits have proven false: 'ledger disproofs' lists them.",
+                err=True,
+            )
+
+
+@ledger.command()
+@standard_options(wide=True)
+@click.argument("peer", required=False)
+def disproofs(call: Call, peer: str | None) -> None:
+    """List what audits of PEER have proven false (of all without it).
+
+    This box does not owe it; the peer's books still have it.  'ledger evidence' prints what shows
+    it.
+    """
+    from pinaivu_box.ledger import views
+
+    async def work(database: Any) -> list[Any]:
+        node = await views.find(database, peer, call.node_id()) if peer else None
+        return await views.all_disproofs(database, node)
+
+    found = call.in_database(work)
+    call.print_list(found, _DISPROOF_COLUMNS)
+    for disproof in () if call.as_json else found:
+        click.echo(f"{disproof.request_id}: {disproof.why}", err=True)
+
+
+@ledger.command()
+@standard_options()
+@click.argument("request_id")
+@key_file_option
+@click.option("--leg", type=int, default=0, help="Number of the leg.  [default: 0]")
+@click.option("--choice", type=int, default=0, help="Number of the choice.  [default: 0]")
+def evidence(call: Call, request_id: str, key_file: str | None, leg: int, choice: int) -> None:
+    """Print as JSON what shows that a leg of REQUEST_ID is false.
+
+    With the key of the request (if its transcript is sealed) prompt and answer are in it, and
+    whoever has the model can compute the leg again.
+    """
+    print_json(evidence_of(call, request_id, (leg, choice), key_file))
+
+
+@ledger.command("check-evidence")
+@standard_options()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def check_evidence(call: Call, file: Path) -> None:
+    """Verify what 'ledger evidence' has printed, offline.
+
+    Exits with 1 if a check fails.  It computes nothing again: 'receipts audit' does.
+    """
+    from pinaivu_box.audits.disproof import verify_evidence
+
+    checks = verify_evidence(file.read_bytes())
+    call.print(checks, print_checks)
+    if not all(check.ok for check in checks):
+        sys.exit(1)
 
 
 @ledger.command()

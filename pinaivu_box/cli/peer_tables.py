@@ -108,6 +108,17 @@ def _reputation(peer: dict[str, Any]) -> str:
     return UNKNOWN if reputation is None else f"{reputation['value']:.2f}"
 
 
+def _audits(peer: dict[str, Any]) -> str:
+    audits = peer["audits"]
+    if not audits["count"]:
+        return UNKNOWN
+    return (
+        f"{audits['count']}, {audits['failed']} failed"
+        if audits["failed"]
+        else str(audits["count"])
+    )
+
+
 def _milliseconds(value: float | None) -> str:
     return UNKNOWN if value is None else "<1 ms" if value < 1 else f"{value:.0f} ms"
 
@@ -127,6 +138,7 @@ _PEER_COLUMNS = (
     Column("PRICE", _price, drop=6),
     Column("WE OWE", _debt, number=True, drop=7),
     Column("REPUTATION", _reputation, drop=3),
+    Column("AUDITS", _audits, drop=2),
     Column("CLOCK", lambda peer: _seconds(peer["clock_ahead"]), number=True, drop=2),
     Column("VERSION", lambda peer: peer["software"] or UNKNOWN, drop=1),
 )  # fmt: skip
@@ -185,6 +197,7 @@ def _fields(peer: dict[str, Any]) -> dict[str, str]:
         "version": peer["software"] or UNKNOWN,
         "clock": _seconds(peer["clock_ahead"]),
         "reputation": _reputation(peer),
+        "audits": _audits(peer),
         "invited by": peer["invited_by"] or UNKNOWN,
         "admin": "yes" if peer["admin"] else "no",
         "member since": peer["member_since"] or UNKNOWN,

@@ -29,7 +29,7 @@ def stored_transcript(call: Call, file_or_id: str, key_file: str | None) -> Any:
     from pinaivu_box.receipts.transcript_view import opened
 
     try:
-        return opened(_view(call, file_or_id), _secret(key_file))
+        return opened(_view(call, file_or_id), secret_of(key_file))
     except Unreadable as error:
         raise CliError(error.message) from error
 
@@ -65,7 +65,8 @@ def _from_database(call: Call, request_id: str) -> Any:
     return transcript_view(request_id, stored.body, stored.sealed_to)
 
 
-def _secret(key_file: str | None) -> str | None:
+def secret_of(key_file: str | None) -> str | None:
+    """The API key of a file, or of the environment.  Raises CliError."""
     from pinaivu_box.secret import read_secret
 
     if key_file is not None:

@@ -29,6 +29,7 @@ from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
 from pinaivu_box.receipts.receipt import STATISTICAL
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.store.keys import Key
 
 log = logging.getLogger("pinaivu.request")
 
@@ -268,7 +269,8 @@ def too_late(wait: float, timeout: float) -> TooLate:
 class RunningRequests:
     """All requests of this box that are not finished; a box with peers replaces `runner`.
 
-    `places` says how many sequences of a model run at a time.
+    `places` says how many sequences of a model run at a time.  `receipted` is told of each request
+    that has its receipt.
     """
 
     def __init__(
@@ -277,6 +279,7 @@ class RunningRequests:
         self.runner = runner
         self.places: Callable[[str], int] = lambda _: settings.config.engine.max_sequences
         self.activity = Activity()
+        self.receipted: Callable[[RequestRecord, Key], None] = lambda _record, _key: None
         self._meter, self._metrics = meter, metrics
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
         self._stopped: dict[str, tuple[float, ApiError]] = {}
@@ -361,6 +364,8 @@ class RunningRequests:
             ran = (record.elapsed_ms() - record.queue_ms) / 1000
             before = self._service.get(model_id, ran)
             self._service[model_id] = before + (ran - before) * _NEWEST
+        if record.metered:
+            self.receipted(record, request.key)
         self._metrics.observe(record, request.status)
         self.activity.ended(record, request.key, request.status)
 

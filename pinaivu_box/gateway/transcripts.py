@@ -44,7 +44,7 @@ def transcript_of(record: RequestRecord) -> RequestTranscript | None:
     """None of what nobody can audit: vectors, prompts with images (which are not kept), and answers
     of upstreams, whose tokens are not known."""
     job = record.job
-    if job.inputs is not None or job.images:
+    if not is_auditable(job):
         return None
     choices = [(choice, _legs(choice)) for choice in record.choices]
     legs = [leg for _, several in choices for leg in several]
@@ -64,6 +64,11 @@ def transcript_of(record: RequestRecord) -> RequestTranscript | None:
         template=job.template,
         system=_system(job),
     )
+
+
+def is_auditable(job: Job) -> bool:
+    """Whether what boxes make of such a job can be computed again from its tokens."""
+    return job.inputs is None and not job.images
 
 
 def _legs(choice: ChoiceRecord) -> list[LegTranscript]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import attrgetter
 
+import msgspec
 from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.config import PeeringConfig
+from pinaivu_box.ledger import disproofs
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger.entry import LedgerEntry
@@ -31,7 +33,8 @@ class BalanceView(Struct, frozen=True):
     peer) are all there ever was; `settled_` of them are in statements.  `balance` is what the peer
     owes; `carried` of that comes from statements that are not paid.  `waiting` was served, is not
     accepted yet and not written off; a `credit_limit` counts it too.  `max_debt` is the most that
-    this box may owe the peer."""
+    this box may owe the peer.  `disproved` is the part of `received` that audits have proven false:
+    `balance` has it, as the peer's books do, and this box does not owe it."""
 
     peer: str
     name: str
@@ -45,6 +48,7 @@ class BalanceView(Struct, frozen=True):
     waiting: str
     credit_limit: str | None
     max_debt: str | None = None
+    disproved: str = "0"
 
 
 class EntryView(Struct, frozen=True):
@@ -67,6 +71,23 @@ class EntryView(Struct, frozen=True):
     proof: str
     signature: str
     acceptance: str
+
+
+class DisproofView(Struct, frozen=True):
+    """A leg that the peer served and an audit proved false: `why` is the end of a sentence.
+    `amount` is what it was to cost."""
+
+    peer: str
+    name: str
+    request_id: str
+    leg: int
+    choice: int
+    at: str
+    amount: str
+    currency: str
+    why: str
+    signed: str
+    signature: str
 
 
 class StatementView(Struct, frozen=True):
@@ -136,6 +157,7 @@ async def all_balances(database: Database, peering: PeeringConfig) -> list[Balan
                 waiting=_text(balance.waiting),
                 credit_limit=limit or None,
                 max_debt=peering.max_debt or None,
+                disproved=_text(balance.disproved),
             )
             for currency, balance in balances.items()
         ]
@@ -160,6 +182,27 @@ def entry_view(entry: LedgerEntry) -> EntryView:
         signature=entry.signature.hex(),
         acceptance=entry.acceptance.hex(),
     )
+
+
+async def all_disproofs(database: Database, peer: str | None = None) -> list[DisproofView]:
+    """All disproofs, or those about a peer, the newest first."""
+    names = await peer_names.names(database)
+    return [
+        DisproofView(
+            peer=stored.peer,
+            name=_name(names, stored.peer),
+            request_id=stored.request_id,
+            leg=stored.leg,
+            choice=stored.choice,
+            at=utc_text(stored.at / 1000),
+            amount=_text(stored.amount),
+            currency=stored.currency,
+            why=msgspec.json.decode(stored.signed)["why"],
+            signed=stored.signed.decode(),
+            signature=stored.signature.hex(),
+        )
+        for stored in await disproofs.ls(database, peer)
+    ]
 
 
 async def all_statements(database: Database, peer: str | None = None) -> list[StatementView]:

@@ -162,6 +162,15 @@ class CostView(Struct, frozen=True):
     too_dear: list[str]
 
 
+class AuditsView(Struct, frozen=True):
+    """How many of the legs that the peer served were computed again here, and in how many of these
+    something else came out; of the `failed` those that were `disproved` to the bit."""
+
+    count: int = 0
+    failed: int = 0
+    disproved: int = 0
+
+
 class RefusalView(Struct, frozen=True):
     """The peer's latest refusal of a request of this box, `age` seconds ago."""
 
@@ -196,6 +205,7 @@ class PeerView(Struct, frozen=True):
     use: UseView | None = None
     refusal: RefusalView | None = None
     cost: CostView | None = None
+    audits: AuditsView = AuditsView()
     request_id: str | UnsetType = UNSET
 
 
@@ -221,6 +231,9 @@ class OwnView(Struct, frozen=True):
     draining: bool = False
 
 
+NOT_AUDITED = AuditsView()
+
+
 def peer_view(
     peer: Peer,
     inviter: str,
@@ -230,6 +243,7 @@ def peer_view(
     refusal: RefusalView | None = None,
     *,
     cost: CostView | None = None,
+    audits: AuditsView = NOT_AUDITED,
 ) -> PeerView:
     advert = peer.advert
     return PeerView(
@@ -254,6 +268,7 @@ def peer_view(
         use=use,
         refusal=refusal,
         cost=cost,
+        audits=audits,
     )
 
 

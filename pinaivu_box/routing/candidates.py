@@ -37,6 +37,7 @@ _MAX_PINNED = 4096  # requests whose file is remembered
 _TYPICAL_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 4
 _NO_IMAGES = "is sent no images: only the box that was asked looks at them"
+_DISTRUSTED = "was found to say what is not so"
 _BUSY = "said lately that it is busy"
 _MAX_BUSY_SECONDS = 5.0  # that a refusal is believed
 _ACCEPTED_SECONDS = 2.0  # in which a peer has accepted a leg that it has served
@@ -210,6 +211,8 @@ class Candidates:
             refuses = "has it from an upstream, which goes on with nobody's answer"
         elif job.peers and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
+        elif self._reputation.distrusts(peer.node_id):
+            refuses = _DISTRUSTED
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
         else:

@@ -5,10 +5,10 @@
 - reliability: the share of legs that it served to the end, of the latest fifty or so, and of two
   more that everybody is assumed to have served.  A refusal is no failure: a busy box may say so.
 - speed: tokens a second that it made, of those that it had promised, on average; 1 if it kept it.
-- honesty: halved by every dispute (a proof or tokens that cannot be).
+- honesty: halved by every dispute (a proof or tokens that cannot be, or an audit that failed).  A
+  proof that an audit has shown to be false counts as ten.
 
-All of it fades: of legs and speed half is forgotten in a week, of disputes in a day.  An audit that
-recomputes what a peer claims would be heard through `disputed` as well.
+All of it fades: of legs and speed half is forgotten in a week, of disputes in a day.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _NEWEST = 0.1  # what the newest leg counts in the average of speeds
 _DAY = 86400.0
 _WEEK = 7 * _DAY
 _SAVE_SECONDS = 60.0
+_DISPROVED = 10.0  # disputes
+_MAX_DISPUTES = 5.0  # of a peer that is asked at all
 
 
 class Reputation:
@@ -66,6 +68,16 @@ class Reputation:
     def disputed(self, node_id: str, why: str) -> None:
         opinion = self._faded(node_id)
         self._set(node_id, replace(opinion, disputes=opinion.disputes + 1, last=why))
+
+    def disproved(self, node_id: str, why: str) -> None:
+        """It has signed what is shown to be false."""
+        opinion = self._faded(node_id)
+        self._set(node_id, replace(opinion, disputes=opinion.disputes + _DISPROVED, last=why))
+
+    def distrusts(self, node_id: str) -> bool:
+        """Whether it is not to be asked, whatever it costs: for a day after it was disproved, or
+        after many disputes."""
+        return node_id in self.opinions and self._faded(node_id).disputes > _MAX_DISPUTES
 
     def score(self, node_id: str) -> float:
         opinion = self._faded(node_id)

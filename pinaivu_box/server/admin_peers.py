@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box import amount
+from pinaivu_box.box import Box
 from pinaivu_box.config import PeeringConfig, is_host_port, parse_span
 from pinaivu_box.errors import (
     Conflict,
@@ -250,6 +251,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
             await _use(services.serving.admission, node_id, currency),
             refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
             cost=_cost(peer, balance, box.config.peering),
+            audits=_audits(box, node_id),
         )
         peer_views.append(view)
     return peer_views
@@ -272,6 +274,13 @@ async def _use(admission: LegAdmission, node_id: str, currency: str) -> views.Us
         hours=policy.hours,
         open=policy.open,
     )
+
+
+def _audits(box: Box, node_id: str) -> views.AuditsView:
+    found = None if box.audits is None else box.audits.sampled.audits.get(node_id)
+    if found is None:
+        return views.NOT_AUDITED
+    return views.AuditsView(found.audits, found.failed, found.disproved)
 
 
 def _cost(peer: Peer, balance: Balance, peering: PeeringConfig) -> views.CostView:

@@ -16,6 +16,7 @@ from pinaivu_box.box import Box
 from pinaivu_box.chats.sealing import RowSealer
 from pinaivu_box.errors import BoxError
 from pinaivu_box.gateway.admission import refusal
+from pinaivu_box.idle_time import until_idle, while_idle
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.server import own_requests
 from pinaivu_box.store import keys
@@ -25,8 +26,6 @@ log = logging.getLogger("pinaivu.idle")
 
 _MAX_WAITING = 100  # beyond that the oldest are dropped
 _MAX_ATTEMPTS = 5  # of one that others interrupt
-_IDLE_SECONDS = 1.0  # without a request before one begins
-_LOOK_SECONDS = 0.1
 
 
 class IdleQuestion(Protocol):
@@ -72,7 +71,7 @@ class IdleWork:
 
     async def _run(self) -> None:
         while self._waiting:
-            await self._idle()
+            await until_idle(lambda: bool(self._box.requests.count))
             question, attempts = self._waiting.popleft()
             try:
                 if not await self._ask(question) and attempts + 1 < _MAX_ATTEMPTS:
@@ -81,13 +80,6 @@ class IdleWork:
                 log.info("a question in idle time had no answer: %s", error)
             except Exception:
                 log.exception("a question in idle time failed")
-
-    async def _idle(self) -> None:
-        """Returns once there was nothing to do for a while."""
-        quiet = 0.0
-        while quiet < _IDLE_SECONDS:
-            await asyncio.sleep(_LOOK_SECONDS)
-            quiet = 0.0 if self._box.requests.count else quiet + _LOOK_SECONDS
 
     async def _ask(self, question: IdleQuestion) -> bool:
         """False if another request has interrupted it."""
@@ -100,20 +92,11 @@ class IdleWork:
         sealer = RowSealer(key.account_id, data_key)
         if (fields := await question.asks(box, sealer)) is None:
             return True
-        asking = asyncio.create_task(
-            own_requests.text(box, key, model, template={"enable_thinking": False}, **fields)
-        )
-        try:
-            while not asking.done():
-                await asyncio.wait({asking}, timeout=_LOOK_SECONDS)
-                if box.requests.count > 1:
-                    return False
-            answer = asking.result()
-        finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+        asking = own_requests.text(box, key, model, template={"enable_thinking": False}, **fields)
+        if (answer := await while_idle(asking, lambda: box.requests.count > 1)) is None:
+            return False
         if box.session_keys.get(question.session_id) is not None:  # not logged out meanwhile
-            await question.take(box, sealer, answer)
+            await question.take(box, sealer, answer[0])
         return True
 
     def _may_run(self, key: Key, model: Model) -> bool:

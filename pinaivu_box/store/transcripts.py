@@ -43,3 +43,13 @@ def delete_all(account_id: str) -> SqlStatement:
         " account_id = ?)",
         (account_id,),
     )
+
+
+def storing_if_missing(request_id: str, transcript: StoredTranscript) -> SqlStatement:
+    """The statement that stores it if the request has a receipt and no transcript."""
+    return (
+        "INSERT INTO transcripts (request_id, sealed_to, body) SELECT ?1, ?2, ?3 WHERE EXISTS"
+        " (SELECT 1 FROM receipts WHERE request_id = ?1) AND NOT EXISTS"
+        " (SELECT 1 FROM transcripts WHERE request_id = ?1)",
+        (request_id, transcript.sealed_to, transcript.body),
+    )

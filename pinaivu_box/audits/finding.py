@@ -1,0 +1,36 @@
+"""What computing legs again has found: the interface of sampled audits to what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from pinaivu_box.audits.pending import LegToAudit
+from pinaivu_box.receipts.transcript import RequestTranscript
+
+Result = Literal["agreed", "failed", "disproved", "not_auditable"]
+
+
+class Finding(Struct, frozen=True):
+    """Of one leg.  `failed`: by statistics, which are wrong now and then; `disproved`: the peer has
+    promised the very bits, and they are others.
+
+    `why` is the end of a sentence, and `report` JSON: both are kept with a disproof, and neither is
+    logged or shown elsewhere, since they may name a token of the output.
+    """
+
+    result: Result
+    why: str = ""
+    report: dict[str, Any] = {}
+
+
+# Computes these legs of a request again, on this box; a finding for each.  If it is cancelled it
+# stops computing.  Raises BoxError if it cannot be done now.
+Replay = Callable[[RequestTranscript, Sequence[LegToAudit]], Coroutine[Any, Any, list[Finding]]]
+
+
+async def not_here(transcript: RequestTranscript, legs: Sequence[LegToAudit]) -> list[Finding]:
+    """A Replay that computes nothing."""
+    return [Finding("not_auditable", "nothing is computed again here") for _ in legs]
