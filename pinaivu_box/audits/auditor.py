@@ -90,7 +90,7 @@ def request_of(transcript: RequestTranscript, proof: Proof) -> Add:
     assert prompt is not None  # as `mismatch` has found
     asked = _asked(transcript, proof)
     return Add(
-        id=f"audit.{proof.request_id}.{proof.choice}",
+        id=proof.request_id,
         messages=[],
         sampling=sampling_of(proof),
         max_tokens=None,

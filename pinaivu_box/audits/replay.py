@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -13,6 +14,7 @@ from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.receipts.audit import ReplayedAnswer
 
 TENANT = "audit"  # of what is computed again, in the engine's fair queue
+_numbers = itertools.count(1)  # of sequences: a cancellation never meets a later one
 
 
 @dataclass
@@ -43,7 +45,14 @@ async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> R
     Raises ApiError if the engine refuses it (ContextOverflow if it is too long for it), EngineLost.
     """
     request = replace(
-        add, replay=tokens, tenant=TENANT, scope="", named=False, echo=False, logprobs=None
+        add,
+        id=f"{TENANT}.{next(_numbers)}",
+        replay=tokens,
+        tenant=TENANT,
+        scope="",
+        named=False,
+        echo=False,
+        logprobs=None,
     )
     heard = Replay(exactness=engine.ready.exactness)
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -56,7 +65,7 @@ async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> R
     try:
         await ended
     finally:
-        if not heard.finish_reason:
+        if ended.cancelled():  # as this task is
             engine.cancel(request.id)
         engine.forget(request.id)
     return heard

@@ -1,4 +1,4 @@
-"""`pinaivu receipts show|verify|transcript`."""
+"""`pinaivu receipts show|verify|transcript|audit`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pinaivu_box.identity import NODE_PREFIX
 
 @click.group(cls=Group)
 def receipts() -> None:
-    """Show and verify receipts."""
+    """Show, verify and audit receipts."""
 
 
 @receipts.command()
@@ -124,6 +124,50 @@ def transcript(call: Call, file_or_id: str, key_file: str | None) -> None:
     API key that made the request, as it was then.
     """
     print_json(stored_transcript(call, file_or_id, key_file))
+
+
+@receipts.command()
+@standard_options(config=True)
+@click.argument("file_or_id", metavar="FILE|ID")
+@click.option(
+    "--transcript",
+    "transcript_file",
+    metavar="FILE",
+    help="The request's transcript, if the database in HOME does not have it.",
+)
+@key_file_option
+@click.option(
+    "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
+)
+def audit(
+    call: Call,
+    file_or_id: str,
+    transcript_file: str | None,
+    key_file: str | None,
+    node_key: str | None,
+) -> None:
+    """Compute an answer again, and say whether it is what its proofs say.
+
+    FILE is the answer of GET /v1/receipts/{request_id}, as the key's owner gets it ('-': standard
+    input); ID is a request id, whose receipt is read from the database in HOME.  The model with the
+    same digest has to be here.  Exits with 1 unless all of it agrees.
+    """
+    from pinaivu_box.cli.receipt_audit import audit_receipt
+
+    trusted = None if node_key is None else _node_key("--node-key", node_key)
+    document = _document(call, file_or_id)
+    source = transcript_file or _request_id(document)
+    audit_receipt(call, document, stored_transcript(call, source, key_file), trusted)
+
+
+def _request_id(document: bytes) -> str:
+    """Raises CliError."""
+    from pinaivu_box.receipts.receipt import ReceiptView
+
+    try:
+        return msgspec.json.decode(document, type=ReceiptView).request_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CliError(f"This is no receipt: {error}.") from error
 
 
 def _log_policy(required: bool, witnesses: tuple[str, ...], quorum: int | None) -> Any:

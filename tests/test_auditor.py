@@ -1,0 +1,277 @@
+"""The audit of legs by an engine process: which can be audited, and what is said of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from pinaivu_box.audits.auditor import audit_legs
+from pinaivu_box.audits.contexts import context_of, shifted_with
+from pinaivu_box.audits.pending import LegToAudit
+from pinaivu_box.engine.messages import Constraint, LoadModel, ReplayedToken, Sampling, Tools
+from pinaivu_box.gateway.engine_process import EngineProcess
+from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts.audit import ReplayedAnswer, digest_of, judge, verdict_of
+from pinaivu_box.receipts.commitment import Extras
+from pinaivu_box.receipts.divergence import (
+    FALSE_ALARM_RATE,
+    HONEST_LARGE_RATE,
+    HONEST_RATE,
+    Divergence,
+    binomial_tail,
+)
+from pinaivu_box.receipts.receipt import Proof, SignedProof, sampling_record
+from pinaivu_box.receipts.transcript import LegTranscript, PromptTranscript, RequestTranscript
+from tests.support import receipt_vectors
+from tests.support.bare_engine import engine
+from tests.support.engine_harness import add, run
+from tests.support.fake_model import fake_text
+from tests.support.path_runner import made
+
+NONCE = "ab" * 32
+PROMPT = [*b"Hello, box"]
+REQUEST = "req_01m8jw26mke71a7sxaax08p8mq"
+Change = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def fake() -> AsyncIterator[EngineProcess]:
+    async with engine(LoadModel("fake:0", 0, 200, 2000, 4, 64, 1)) as process:
+        process.model_digest = receipt_vectors.DIGEST
+        yield process
+
+
+def said(length: int = 30) -> list[int]:
+    return [*fake_text(len(PROMPT), length).encode()]
+
+
+def transcript(*legs: list[int], asked: Change | None = None, **more: Any) -> RequestTranscript:
+    text = commitment.prompt_text([], [], prompt=["Hello, box"], **(asked or {}))
+    made_legs = [
+        LegTranscript(0, number, tokens, bytes(t for t in tokens if t < 256).decode())
+        for number, tokens in enumerate(legs)
+    ]
+    prompts = [PromptTranscript(0, text, PROMPT)]
+    return RequestTranscript(REQUEST, receipt_vectors.MODEL, prompts, made_legs, **more)
+
+
+def leg_of(kept: RequestTranscript, number: int = 0, **more: Any) -> LegToAudit:
+    """A leg as its box has signed it."""
+    made_leg, prompt = kept.legs[number], kept.prompts[0]
+    asked, opened = commitment.commit(prompt.asked, prompt.tokens, NONCE)
+    output, opening = commitment.commit(made_leg.text, made_leg.tokens, NONCE, [Extras()])
+    proof = receipt_vectors.proof(
+        **{
+            "leg": made_leg.leg, "prompt_commitment": asked, "output_commitment": output,
+            "sampling": sampling_record(Sampling(temperature=0.0), 30),
+            "completion_tokens": len(made_leg.tokens), "prompt_tokens": len(PROMPT),
+            "finish_reason": "length", **more,
+        }
+    )  # fmt: skip
+    return LegToAudit(proof, SignedProof("", ""), opened, opening)
+
+
+@pytest.mark.anyio
+async def test_legs_of_one_choice_are_computed_as_one(fake: EngineProcess) -> None:
+    tokens = said()
+    kept = transcript(tokens[:12], tokens[12:])
+    legs = [leg_of(kept, finish_reason="peer_lost"), leg_of(kept, 1)]
+    first, second = await audit_legs(fake, kept, legs)
+    assert (first.verdict, first.compared, second.verdict, second.compared) == (
+        "agrees", 12, "agrees", 18,
+    )  # fmt: skip
+    (alone,) = await audit_legs(fake, kept, legs[1:])
+    assert alone == second
+
+
+@pytest.mark.anyio
+async def test_only_the_leg_that_lies_differs(fake: EngineProcess) -> None:
+    tokens = said()
+    tokens[20:] = [*b"something e"][:10]
+    kept = transcript(tokens[:12], tokens[12:])
+    legs = [leg_of(kept, finish_reason="engine_lost"), leg_of(kept, 1)]
+    first, second = await audit_legs(fake, kept, legs)
+    assert first.verdict == "agrees" and second.verdict == "differs"
+    assert second.first is not None and second.first.index == 20
+    assert second.first.position == len(PROMPT) + 20
+    assert verdict_of([first, second]) == "differs"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("reason", "end", "told"),
+    [
+        ("stop", [], "ended by 'stop', and by its tokens it is 'length'"),
+        ("length", [256], "ended by 'length', and by its tokens it is 'stop'"),
+        ("length", [256, 65], "ends with its token 31, and the proof has 1 more"),
+        ("stop", [256], ""),
+        ("cancelled", [], ""),
+    ],
+)
+async def test_an_answer_ends_as_it_says(
+    fake: EngineProcess, reason: str, end: list[int], told: str
+) -> None:
+    """The end token is one that this model would not draw: a single one of 31 may differ."""
+    kept = transcript([*said(), *end])
+    bias = {str(256): 60.0} if end else {}
+    sampling = sampling_record(Sampling(temperature=0.0, logit_bias=bias, min_tokens=30), 40)
+    (audit,) = await audit_legs(fake, kept, [leg_of(kept, finish_reason=reason, sampling=sampling)])
+    assert audit.verdict == ("differs" if told else "agrees") and told in audit.meaning
+
+
+@pytest.mark.anyio
+async def test_a_text_that_is_not_the_tokens_own(fake: EngineProcess) -> None:
+    kept = transcript(said())
+    kept = msgspec.structs.replace(
+        kept, legs=[msgspec.structs.replace(kept.legs[0], text="Else")]
+    )  # fmt: skip
+    (audit,) = await audit_legs(fake, kept, [leg_of(kept)])
+    assert audit.verdict == "differs" and "text" in audit.meaning
+
+
+WEATHER = Tools('[{"name":"weather"}]', ["weather"])
+UNSUITABLE: dict[str, tuple[Callable[[], tuple[RequestTranscript, Change]], str]] = {
+    "another model": (lambda: (transcript(said()), {"model_digest": "ab" * 32}), "no model"),
+    "another output": (lambda: (transcript(said()), {"output_commitment": "ab" * 32}), "output"),
+    "another prompt": (lambda: (transcript(said()), {"prompt_commitment": "ab" * 32}), "prompt"),
+    "another request": (
+        lambda: (msgspec.structs.replace(transcript(said()), request_id="req_1"), {}), "req_1"
+    ),
+    "other tools": (lambda: (transcript(said(), tools=WEATHER), {}), "tools"),
+    "no tools": (lambda: (transcript(said(), asked={"tools": "[]"}), {}), "tools"),
+    "another grammar": (
+        lambda: (transcript(said(), constraint=Constraint("regex", "a*")), {}), "constraint"
+    ),
+    "too long": (lambda: (transcript(said(195)), {}), "a context of 205 tokens"),
+    "a context of another size": (lambda: (transcript(said()), {"shifted_tokens": 9}), "shifted"),
+    "parameters of a later version": (
+        lambda: (transcript(said()), {"sampling": {"seed": "x"}}), "cannot compute it again"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("case", UNSUITABLE.values(), ids=[*UNSUITABLE])
+async def test_what_cannot_be_audited_says_why(
+    fake: EngineProcess, case: tuple[Callable[[], tuple[RequestTranscript, Change]], str]
+) -> None:
+    make, told = case
+    kept, change = make()
+    (audit,) = await audit_legs(fake, kept, [leg_of(kept, **change)])
+    assert audit.verdict == "not auditable" and told in audit.meaning, audit.meaning
+    assert verdict_of([audit]) == "not auditable"
+
+
+@pytest.mark.anyio
+async def test_a_leg_needs_those_before_it(fake: EngineProcess) -> None:
+    kept = transcript(said()[:10], said()[10:])
+    leg = leg_of(kept, 1)
+    later = msgspec.structs.replace(kept, legs=kept.legs[1:])
+    (audit,) = await audit_legs(fake, later, [leg])
+    assert audit.verdict == "not auditable" and "before it" in audit.meaning
+
+
+# -- judging ---------------------------------------------------------------------------------------
+
+
+def tokens_of(*margins: float, same: int = 0) -> list[ReplayedToken]:
+    right = [ReplayedToken(5, 5, 1.5, 1.5)] * same
+    return [*right, *(ReplayedToken(5, 6, 1.5, 2.0, margin) for margin in margins)]
+
+
+def proof(tokens: list[ReplayedToken], **more: Any) -> Proof:
+    return receipt_vectors.proof(
+        v=4, completion_tokens=len(tokens), finish_reason="length",
+        **{"exactness": "bitwise:haswell b f16", "logits_sha256": digest_of(tokens), **more},
+    )  # fmt: skip
+
+
+def test_bits_are_compared_only_with_an_engine_of_the_same_exactness() -> None:
+    tokens = tokens_of(0.01, same=99)
+    for exactness, mode, verdict in (
+        ("bitwise:haswell b f16", "bitwise", "differs"),
+        ("bitwise:sse42 b f16", "statistical", "agrees"),
+        ("", "statistical", "agrees"),
+    ):
+        answer = ReplayedAnswer(tokens, "length", exactness)
+        audit = judge(proof(tokens), answer, 0, is_last=True)
+        assert (audit.mode, audit.verdict) == (mode, verdict)
+        assert (audit.agreeing, audit.margins) == (99, [0.01])
+
+
+def test_numbers_that_differ_are_no_proof_elsewhere() -> None:
+    tokens = tokens_of(same=50)
+    other = proof(tokens, logits_sha256="ab" * 32)
+    exact = ReplayedAnswer(tokens, "length", "bitwise:haswell b f16")
+    audit = judge(other, exact, 0, is_last=True)
+    assert (audit.verdict, audit.numbers) == ("differs", False) and "all 50" in audit.meaning
+    audit = judge(other, msgspec.structs.replace(exact, exactness=""), 0, is_last=True)
+    assert (audit.verdict, audit.numbers) == ("agrees", None)
+
+
+def test_a_token_that_is_not_allowed_differs_in_either_mode() -> None:
+    tokens = [*tokens_of(same=99), ReplayedToken(5, 6, 1.5, 2.0, math.inf, possible=False)]
+    more = proof([*tokens, *tokens_of(same=5)])
+    for exactness in ("", "bitwise:haswell b f16"):
+        audit = judge(more, ReplayedAnswer(tokens, "stop", exactness), 0, is_last=True)
+        assert audit.verdict == "differs" and "not allowed there" in audit.meaning
+        assert audit.first is not None and audit.first.margin is None
+
+
+def test_the_tail_is_that_of_the_binomial_distribution() -> None:
+    for trials, rate in ((1, 0.5), (10, 0.06), (200, 0.004)):
+        for successes in range(trials + 1):
+            exact = math.fsum(
+                math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k)
+                for k in range(successes, trials + 1)
+            )
+            assert math.isclose(binomial_tail(trials, successes, rate), exact, abs_tol=1e-12)
+
+
+def test_an_honest_node_is_hardly_ever_accused() -> None:
+    """At exactly the rates that are honest, over all counts that may come of them."""
+    for trials in (20, 100, 300, 1000):
+        alarms = 0.0
+        for rate, large in ((HONEST_RATE, False), (HONEST_LARGE_RATE, True)):
+            least = next(
+                k for k in range(trials + 2)
+                if Divergence(trials, k, k if large else 0).p_value < FALSE_ALARM_RATE
+                or k > trials
+            )  # fmt: skip
+            alarms += binomial_tail(trials, least, rate)
+        assert alarms <= FALSE_ALARM_RATE
+
+
+# -- contexts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(40, 160), (40, 161), (110, 500), (199, 2), (9, 9)])
+def test_a_context_forgets_as_an_engine_does(prompt: int, output: int) -> None:
+    """That is how its size is found again."""
+    first = run(made()[0], [add("r", "x", 1)]).prompts["r"]
+    text = "x" * (prompt - len(first) + 1)
+    if prompt < len(first):
+        text, prompt = "x", len(first)
+    heard = run(
+        made(context=200, shift=True)[0], [add("r", text, output)]
+    )  # fmt: skip
+    shifted = heard.shifted["r"][-1]
+    assert len(heard.prompts["r"]) == prompt
+    assert shifted == shifted_with(200, prompt, output)
+    if shifted:
+        assert context_of(prompt, output, shifted, 200) == 200
+        found = context_of(prompt, output, shifted, 0)
+        assert found is not None and shifted_with(found, prompt, output) == shifted
+
+
+def test_no_context_forgets_that_many() -> None:
+    assert context_of(10, 100, 10_000, 64) is None
