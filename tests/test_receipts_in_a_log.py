@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pinaivu_box.receipts.verify import LogPolicy, VerificationCheck, verify_receipt
-from tests.support import log_vectors, receipt_vectors
+from tests.support import log_vectors, receipt_vectors, third_verifier
 from tests.support.both_verifiers import by_page
 from tests.support.in_process_command import run_command
 from tests.support.javascript import Scripts
 from tests.support.keys import known_identity
 from tests.support.log_vectors import WITNESSES, document, entry_proof_of
+from tests.support.receipt_mutations import spoiled
 
 STRANGER = known_identity(7)
 KEYS = [witness.node_id.removeprefix("node_") for witness in WITNESSES]
@@ -64,6 +66,19 @@ def test_a_receipt_in_no_log_verifies_unless_a_log_is_asked_for() -> None:
     assert check.ok and "without a proof" in check.meaning
     for policy in (LogPolicy(required=True), LogPolicy(witnesses=(KEYS[0],))):
         assert [c.name for c in verify_receipt(IN_NO_LOG, log=policy) if not c.ok] == ["log"]
+
+
+def test_three_verifiers_judge_spoiled_proofs_alike(scripts: Scripts) -> None:
+    """The two of the program in the same words, and the one that was written from the page."""
+    chance = random.Random(27)
+    right = [entry_proof_of(3, 7, WITNESSES), entry_proof_of(0, 1), entry_proof_of(8, 9)]
+    texts = [spoiled(str(chance.choice(right)), chance) for _ in range(400)]
+    documents = [document(text) for text in texts if text not in map(str, right)]
+    for data, page in zip(documents, by_page(scripts, documents), strict=True):
+        checks = verify_receipt(data)
+        assert page == checks, data
+        assert third_verifier.verdicts(data) == [(check.name, check.ok) for check in checks], data
+        assert not all(check.ok for check in checks), data
 
 
 POLICIES = {

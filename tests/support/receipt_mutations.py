@@ -25,6 +25,11 @@ ODD = (
     '"upstream, not executed by a box"', '"estimate"', "NaN", "Infinity", "01", "1.", "tru",
     f'"{"0" * 64}"', f'"{"f" * 128}"', '"2026-11-30T09:00:00Z"', f'"{made.PEER.node_id}"',
 )  # fmt: skip
+# In place of some characters of a proof of inclusion.
+ODD_CHARACTERS = (
+    "", "\n", " ", "0", "7", "=", "+", "/", "\u2014", "A", "\r", "\t", "\x7f", "\x85", "\x1c",
+    "\ufeff", "\u2028", "\u3000", "\xe9", "\U0001d518", "\u0663", "\n\n", "index 3\n",
+)  # fmt: skip
 _MARKER = "\U0001f512changed"
 
 
@@ -60,6 +65,17 @@ def rewritten(chance: random.Random) -> bytes:
     opening = {"prompt": {"nonce": "0" * 64}, "legs": [{"nonce": "0" * 64}], "stop": []}
     view = json.loads(made.document(fields, opening=opening))
     return _changed(view, chance).encode()
+
+
+def spoiled(text: str, chance: random.Random) -> str:
+    """The text with a few characters replaced by odd ones, or by a piece from elsewhere in it."""
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        start = chance.randrange(len(text) + 1)
+        end = start + chance.choice((0, 0, 1, 1, 2, 30))
+        piece = text[chance.randrange(len(text) + 1) :][: chance.choice((1, 5, 60))]
+        new = chance.choice((*ODD_CHARACTERS, piece, piece))
+        text = text[:start] + new + text[end:]
+    return text
 
 
 def _signed(text: str, domain: str, signer: Identity) -> dict[str, str]:
