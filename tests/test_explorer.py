@@ -13,13 +13,15 @@ import msgspec
 import pytest
 
 from pinaivu_box.receipts.receipt import Price
-from pinaivu_box.receipts.verify import verify_receipt
+from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
 from pinaivu_box.server.explorer_receipt import ExplorerReceipt, explorer_receipt
 from pinaivu_box.server.pages.explorer import percent
 from pinaivu_box.store.requests import StoredReceipt
 from tests.support import receipt_vectors as made
 from tests.support.fake_model import FAKE
 from tests.support.in_process_command import run_command_json
+from tests.support.log_vectors import WITNESSES, entry_proof_of, log_vectors
+from tests.support.log_vectors import document as log_document
 from tests.support.pages import logged_in, make_account, make_owner, visitor
 from tests.support.process_box import Box, StartBox, wait_until
 
@@ -89,6 +91,34 @@ def test_an_account_sees_its_receipts_and_an_admin_all(box: Box, ada: Ada) -> No
             shown = client.get(f"/explorer/r/{ada.request_id}", headers=HTML)
             assert shown.status_code == 200, page
             assert ada.request_id in client.get("/explorer", headers=HTML).text
+
+
+def test_where_a_receipt_is_in_the_log_is_shown(box: Box, ada: Ada) -> None:
+    path = f"/v1/explorer/receipts/{ada.request_id}"
+    seen = box.http("GET", path, key=ada.key).json()
+    log = seen["log"]
+    assert log["origin"].startswith(f"pinaivu/log/{seen['coordinator']['id']}/")
+    assert 0 <= log["index"] < log["size"] and log["witnesses"] == []
+    checks = [check["name"] for check in seen["checks"]]
+    assert checks[-3:] == ["inclusion", "checkpoint signature", "witnesses"]
+    with logged_in(box.url, "ada") as client:
+        page = client.get(f"/explorer/r/{ada.request_id}", headers=HTML).text
+        file = client.get(f"/explorer/r/{ada.request_id}/receipt.json").content
+    assert f"{log['index']} of {log['size']} (the first is 0)" in page
+    assert log["origin"] in page and "None has cosigned this checkpoint." in page
+    assert all(check.ok for check in verify_receipt(file, log=LogPolicy(required=True)))
+
+
+def test_witnesses_are_shown_and_a_wrong_proof_is_not() -> None:
+    right = entry_proof_of(3, 7, WITNESSES)
+    view, _ = shown(log_document(None), to_public=False, inclusion=str(right))
+    assert view.log is not None
+    assert [one.box.id for one in view.log.witnesses] == [w.node_id for w in WITNESSES]
+    assert view.log.witnesses[0].cosigned_at == "2026-11-30T15:00:15.000Z"
+    forged = str(json.loads(log_vectors()["log_a_witness_in_anothers_name"])["inclusion"])
+    for text in ("x", str(right).replace("index 3", "index three"), forged):
+        view, _ = shown(log_document(None), to_public=False, inclusion=text)
+        assert view.log is None and not all(check.ok for check in view.checks)
 
 
 def test_anothers_receipt_cannot_be_told_from_none(box: Box, ada: Ada) -> None:
@@ -189,12 +219,15 @@ def test_the_public_sees_a_receipt_whose_id_it_knows_and_no_list(public_box: Box
         assert anybody.get(f"/v1/receipts/{ada.request_id}").status_code == 401
 
 
-def shown(document: bytes, *, to_public: bool) -> tuple[ExplorerReceipt, str]:
+def shown(
+    document: bytes, *, to_public: bool, inclusion: str | None = None
+) -> tuple[ExplorerReceipt, str]:
     fields = json.loads(document)
     stored = StoredReceipt(
         fields["signed_receipt"].encode(), bytes.fromhex(fields["coordinator_signature"]), b"{}"
     )
-    view = explorer_receipt(stored, {made.OWN.node_id: "here"}, public=to_public)
+    names = {made.OWN.node_id: "here"}
+    view = explorer_receipt(stored, names, public=to_public, inclusion=inclusion)
     return view, msgspec.json.encode(view).decode()
 
 

@@ -57,7 +57,9 @@ async def receipt_for(box: Box, visitor: Visitor, request_id: str) -> ExplorerRe
     """Raises ReceiptNotFound."""
     stored = await requests.find_receipt(box.database, request_id, account_id=visitor.account_id)
     if stored is not None:
-        return explorer_receipt(stored, names_for(box, visitor), public=visitor.key is None)
+        names, public = names_for(box, visitor), visitor.key is None
+        inclusion = await box.receipt_log.inclusion(request_id)
+        return explorer_receipt(stored, names, public=public, inclusion=inclusion)
     if visitor.key is not None and box.config.explorer.access == "public":
         return await receipt_for(box, Visitor(None), request_id)
     raise ReceiptNotFound(

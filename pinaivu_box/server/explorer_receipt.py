@@ -20,6 +20,8 @@ from pinaivu_box.receipts.receipt import (
     view,
 )
 from pinaivu_box.receipts.verify import read_statement, verify_receipt
+from pinaivu_box.server.explorer_boxes import NamedBox
+from pinaivu_box.server.explorer_log import LogEntryView, log_entry
 from pinaivu_box.store.requests import StoredReceipt
 
 WITHHELD = (
@@ -35,13 +37,6 @@ _WHY = {
 }
 _ALONE = "The box that was asked served it itself."
 _ONLY = "It was the only one that could serve the request."
-
-
-class NamedBox(Struct, frozen=True):
-    """`name` is empty where it is not known, or not to this visitor."""
-
-    id: str
-    name: str
 
 
 class CandidateView(Struct, frozen=True, omit_defaults=True):
@@ -93,7 +88,8 @@ class CheckName(Struct, frozen=True):
 class ExplorerReceipt(Struct, frozen=True, kw_only=True):
     """`receipt` is what was signed, as `GET /v1/receipts/{request_id}` returns it, without the
     opening; null where the visitor may not see it, which `withheld` explains.  `checks`: what this
-    box finds when it verifies the receipt; a browser verifies it itself."""
+    box finds when it verifies the receipt; a browser verifies it itself.  `log`: where the receipt
+    is in this box's log, null if it is not."""
 
     object: str = "explorer.receipt"
     request_id: str
@@ -112,15 +108,17 @@ class ExplorerReceipt(Struct, frozen=True, kw_only=True):
     checks: list[CheckName]
     receipt: ReceiptView | None
     withheld: str | None = None
+    log: LogEntryView | None = None
 
 
 def explorer_receipt(
-    stored: StoredReceipt, names: Mapping[str, str], *, public: bool
+    stored: StoredReceipt, names: Mapping[str, str], *, public: bool, inclusion: str | None = None
 ) -> ExplorerReceipt:
-    """`names` of boxes by node id, as far as the visitor may know them."""
+    """`names` of boxes by node id, as far as the visitor may know them; `inclusion` is the proof
+    that the log has the receipt."""
     receipt = msgspec.json.decode(stored.signed, type=Receipt)
     statements = [read_statement(signed) for signed in receipt.proofs]
-    whole = view(stored.signed, stored.signature, None)
+    whole = view(stored.signed, stored.signature, None, inclusion)
     checks = verify_receipt(msgspec.json.encode(whole))
     hidden = public and _tells_of_others(receipt, statements)
 
@@ -155,6 +153,7 @@ def explorer_receipt(
         checks=[CheckName(check.name, check.ok) for check in checks],
         receipt=None if hidden else whole,
         withheld=WITHHELD if hidden else None,
+        log=log_entry(inclusion, box),
     )
 
 

@@ -21,8 +21,8 @@ from pinaivu_box.server.explorer import (
     receipt_for,
     visitor_of,
 )
+from pinaivu_box.server.explorer_boxes import NamedBox
 from pinaivu_box.server.explorer_network import MAX_INCIDENTS, ExplorerNetwork, UptimeDay
-from pinaivu_box.server.explorer_receipt import NamedBox
 from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.paths import forwarded_prefix
 from pinaivu_box.server.sessions import require_login
