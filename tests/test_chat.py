@@ -285,11 +285,13 @@ def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(fake_box: Box
 
 def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
     """Greedy, so that nothing but the penalty differs."""
-    text = "Write the word apple ten times."
-    plain = ask(box, text, max_tokens=48).choices[0].message.content.split()
-    penalised = ask(box, text, max_tokens=48, frequency_penalty=2, presence_penalty=2)
-    words = penalised.choices[0].message.content.split()
-    assert len(set(words)) / len(words) > len(set(plain)) / len(plain)
+    text, options = "Write the word apple ten times.", {"max_tokens": 48, "logprobs": True}
+
+    def repeated(**penalties: float) -> int:
+        said = ask(box, text, **options, **penalties).choices[0].logprobs.content
+        return len(said) - len({one.token for one in said})
+
+    assert repeated(frequency_penalty=2, presence_penalty=2) < repeated()
 
 
 @pytest.mark.parametrize(
