@@ -201,6 +201,39 @@ def test_what_was_not_changed_agrees_from_files_too(box: Box, honest: str, tmp_p
     assert "agrees" in done.stdout and "to the bit" in done.stdout
 
 
+KEPT: dict[str, Json] = {
+    "choices": {"n": 2, "temperature": 0.3, "system": "Be brief."},
+    "a stop string": {"stop": ["."], "max_tokens": 60},
+    "prompts": {"path": "/v1/completions", "prompt": ["One two", "Three four"], "n": 2,
+                "echo": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", KEPT.values(), ids=[*KEPT])
+def test_a_client_brings_what_it_has_kept(box: Box, tmp_path: Path, body: Json) -> None:
+    """Its request and its answer, whose tokens are found again."""
+    body = dict(body)
+    system = {"role": "system", "content": body.pop("system", "Tell tales.")}
+    if "prompt" not in body:
+        body["messages"] = [system, {"role": "user", "content": STORY}]
+    answer = asked(box, **body)
+    path = body.pop("path", "")
+    assert path in ("", "/v1/completions")
+    request, said, receipt = (tmp_path / name for name in ("request", "answer", "receipt"))
+    request.write_text(json.dumps({"model": MODEL, **body}))
+    said.write_text(json.dumps(answer))
+    receipt.write_bytes(box.http("GET", f"/v1/receipts/{answer['request_id']}").content)
+    files = ["--request", str(request), "--answer", str(said)]
+    status, report = audited(box, str(receipt), *files)
+    assert (status, report["verdict"]) == (0, "agrees"), report
+    assert len(report["legs"]) == len(answer["choices"])
+    other = "Three four else" if path else "Else"
+    answer["choices"][-1].update(text=other, message={"role": "assistant", "content": other})
+    said.write_text(json.dumps(answer))
+    status, report = audited(box, str(receipt), *files)
+    assert (status, report["legs"][-1]["verdict"]) == (1, "not auditable")
+
+
 def test_a_transcript_of_something_else_is_not_compared(
     box: Box, honest: str, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -19,7 +19,6 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.receipts.receipt import BITWISE, Proof
-from pinaivu_box.receipts.transcript import RequestTranscript
 from pinaivu_box.settings import LiveSettings, Settings
 
 _EXACT_ON = re.compile(f"{BITWISE}([a-z0-9_]+) .* ([a-z0-9_]+)")
@@ -45,11 +44,11 @@ async def model_of(catalog: Catalog, proof: Proof, digest: Digest, known: Digest
 
 @asynccontextmanager
 async def engine_for(
-    config: Config, model: Model, digest: Digest, transcript: RequestTranscript, proofs: list[Proof]
+    config: Config, model: Model, digest: Digest, proofs: Sequence[Proof]
 ) -> AsyncIterator[EngineProcess]:
     """An engine of the model for computing the proofs again.  If this processor cannot compute as
     the node did, it computes as it can.  Raises NotHere."""
-    sized, own = _sized(config, model, transcript, proofs)
+    sized, own = _sized(config, model, proofs)
     devices = DeviceMonitor()
     ways = [*_exact_as(sized, own, proofs), (sized, own)]
     placements = [Placement(LiveSettings(Settings(each)), digest, devices) for each, _ in ways]
@@ -72,14 +71,12 @@ async def _first(placements: list[Placement], models: list[Model]) -> EngineProc
     raise NotHere(why)
 
 
-def _sized(
-    config: Config, model: Model, transcript: RequestTranscript, proofs: list[Proof]
-) -> tuple[Config, Model]:
+def _sized(config: Config, model: Model, proofs: Sequence[Proof]) -> tuple[Config, Model]:
     """For one sequence at a time, with the context that the answers were made with."""
     usual = memory.context_of(model, config.engine.context)
     context, shifts = usual, config.engine.context_shift
     for proof in proofs:
-        made = sum(len(leg.tokens) for leg in transcript.legs if leg.choice == proof.choice)
+        made = sum(leg.completion_tokens for leg in proofs if leg.choice == proof.choice)
         if proof.shifted_tokens:
             found = context_of(proof.prompt_tokens, made, proof.shifted_tokens, usual)
             context, shifts = found or context, True
@@ -98,7 +95,9 @@ def _sized(
     return msgspec.structs.replace(config, engine=engine), own
 
 
-def _exact_as(config: Config, model: Model, proofs: list[Proof]) -> Iterator[tuple[Config, Model]]:
+def _exact_as(
+    config: Config, model: Model, proofs: Sequence[Proof]
+) -> Iterator[tuple[Config, Model]]:
     """With the variant for the CPU, and the type of cache, of the first proof that names one."""
     found = next(filter(None, (_EXACT_ON.fullmatch(proof.exact_on) for proof in proofs)), None)
     if found is None:

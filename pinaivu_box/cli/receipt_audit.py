@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import click
@@ -12,14 +13,18 @@ import msgspec
 from pinaivu_box.cli.call import Call
 from pinaivu_box.errors import CliError
 
+# From an engine, the model, and the legs: the transcript of their request.  Raises CliError.
+TranscriptReader = Callable[[Any, Any, list[Any]], Awaitable[Any]]
 _MARKS = {"agrees": "ok    ", "differs": "DIFFERS", "not auditable": "unknown"}
 
 
-def audit_receipt(call: Call, document: bytes, transcript: Any, node_key: str | None) -> None:
-    """Print the audit of a receipt, whose request has that transcript.  Ends the process with 1
-    unless all agrees.  Raises CliError."""
+def audit_receipt(
+    call: Call, document: bytes, read: TranscriptReader, node_key: str | None
+) -> None:
+    """Print the audit of a receipt; `read` gives the transcript of its request.  Ends the process
+    with 1 unless all agrees.  Raises CliError."""
     proofs, legs = _signed_legs(document, node_key)
-    report = asyncio.run(_audit(call, transcript, proofs, legs))
+    report = asyncio.run(_audit(call, read, proofs, legs))
     call.print(report, print_report)
     if report["verdict"] != "agrees":
         sys.exit(1)
@@ -55,7 +60,7 @@ def _signed_legs(document: bytes, node_key: str | None) -> tuple[list[Any], list
     ]
 
 
-async def _audit(call: Call, transcript: Any, statements: list[Any], legs: list[Any]) -> Any:
+async def _audit(call: Call, read: TranscriptReader, statements: list[Any], legs: list[Any]) -> Any:
     """The report as JSON has it.  Raises CliError."""
     from pinaivu_box.audits.auditor import audit_legs
     from pinaivu_box.audits.own_engine import NotHere, engine_for
@@ -65,15 +70,15 @@ async def _audit(call: Call, transcript: Any, statements: list[Any], legs: list[
     proofs, engine = [leg.proof for leg in legs], {"build": "", "exactness": ""}
     try:
         config, model, digest = await _model(call, proofs)
-        async with engine_for(config, model, digest, transcript, proofs) as process:
+        async with engine_for(config, model, digest, proofs) as process:
             engine = {"build": process.ready.build, "exactness": process.ready.exactness}
-            audits = await audit_legs(process, transcript, legs)
+            audits = await audit_legs(process, await read(process, model, legs), legs)
     except NotHere as error:
         why = error.message.removesuffix(".")
         audits = [not_auditable(proof, f"not here: {why}") for proof in proofs]
     except EngineLost as error:
         raise CliError(f"The engine ended in the middle of the audit: {error.message}") from error
-    return _report(transcript.request_id, statements, audits, engine)
+    return _report(statements, audits, engine)
 
 
 async def _model(call: Call, proofs: list[Any]) -> Any:
@@ -104,7 +109,7 @@ async def _model(call: Call, proofs: list[Any]) -> Any:
     return config, model, digest
 
 
-def _report(request_id: str, statements: list[Any], audits: list[Any], engine: Any) -> Any:
+def _report(statements: list[Any], audits: list[Any], engine: Any) -> Any:
     from pinaivu_box.receipts.audit import verdict_of
     from pinaivu_box.receipts.receipt import Proof
 
@@ -113,6 +118,7 @@ def _report(request_id: str, statements: list[Any], audits: list[Any], engine: A
     verdict = verdict_of(audits)
     if upstream and verdict == "agrees":
         verdict = "not auditable"
+    request_id = statements[0].request_id
     return {"request_id": request_id, "verdict": verdict, "engine": engine, "legs": legs}
 
 
@@ -124,6 +130,15 @@ def _of_upstream(leg: Any) -> dict[str, Any]:
         "verdict": "not auditable",
         "meaning": f"the upstream {leg.upstream} made it, and nobody knows its tokens",
     }
+
+
+def transcript_kept(transcript: Any) -> TranscriptReader:
+    """One that is there."""
+
+    async def read(*_: Any) -> Any:
+        return transcript
+
+    return read
 
 
 def print_report(report: Any) -> None:

@@ -137,6 +137,17 @@ def transcript(call: Call, file_or_id: str, key_file: str | None) -> None:
 )
 @key_file_option
 @click.option(
+    "--request",
+    "request_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON body of the request, in place of a transcript; with --answer.",
+)
+@click.option(
+    "--answer",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON body of the answer, or its text only.",
+)
+@click.option(
     "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
 )
 def audit(
@@ -144,6 +155,8 @@ def audit(
     file_or_id: str,
     transcript_file: str | None,
     key_file: str | None,
+    request_file: Path | None,
+    answer: Path | None,
     node_key: str | None,
 ) -> None:
     """Compute an answer again, and say whether it is what its proofs say.
@@ -152,12 +165,21 @@ def audit(
     input); ID is a request id, whose receipt is read from the database in HOME.  The model with the
     same digest has to be here.  Exits with 1 unless all of it agrees.
     """
-    from pinaivu_box.cli.receipt_audit import audit_receipt
+    from pinaivu_box.cli.kept_answer import transcript_of_files
+    from pinaivu_box.cli.receipt_audit import audit_receipt, transcript_kept
+    from pinaivu_box.receipts.verify_transcript import usual_stop
 
     trusted = None if node_key is None else _node_key("--node-key", node_key)
+    if (request_file is None) != (answer is None) or (request_file and transcript_file):
+        raise UsageError("Give --request and --answer together, or --transcript.")
     document = _document(call, file_or_id)
-    source = transcript_file or _request_id(document)
-    audit_receipt(call, document, stored_transcript(call, source, key_file), trusted)
+    if request_file is not None and answer is not None:
+        asked, said = request_file.read_bytes(), answer.read_bytes()
+        read = transcript_of_files(asked, said, usual_stop(document))
+    else:
+        source = transcript_file or _request_id(document)
+        read = transcript_kept(stored_transcript(call, source, key_file))
+    audit_receipt(call, document, read, trusted)
 
 
 def _request_id(document: bytes) -> str:

@@ -64,7 +64,7 @@ class LocalBackend:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            request = _request(job, self.sampling(job, engine))
+            request = request_of(job, self.sampling(job, engine))
             mailbox: Mailbox[Item] = Mailbox()
             engine.submit(Tokenize(request, tokens, plain, count), mailbox.put)
             (item,) = await mailbox.take()
@@ -118,7 +118,7 @@ class LocalLeg:
         items = _Items(take)
         try:
             sampling, ready = self._backend.sampling(job, engine), engine.ready
-            engine.submit(_request(job, sampling), items.receive)
+            engine.submit(request_of(job, sampling), items.receive)
             self._engine = engine
             if self._is_cancelled():
                 engine.cancel(job.id)
@@ -169,7 +169,7 @@ class _Items:
 _SAME = set(Add.__struct_fields__) - {"id", "sampling", "scope", "named", "read", "replay"}
 
 
-def _request(job: Job, sampling: Sampling) -> Add | Embed:
+def request_of(job: Job, sampling: Sampling) -> Add | Embed:
     """What an engine gets of the job."""
     if job.inputs is not None:
         return Embed(job.id, job.inputs, job.dimensions, job.tenant, job.weight, job.priority)

@@ -147,11 +147,7 @@ def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> ReceivedA
     if isinstance(body, _Vectors):
         _check_order([vector.index for vector in body.data])
         return _vectors([vector.embedding for vector in body.data], body.request_id)
-    _check_order([choice.index for choice in body.choices])
-    texts = [choice.text for choice in body.choices]
-    if isinstance(body, _Completion) and echoed:
-        pairs = zip(body.choices, echoed, strict=False)
-        texts = [_after(choice, prompt) for choice, prompt in pairs]
+    texts = _texts(body, echoed)
     records = [choice.records for choice in body.choices]
     return ReceivedAnswer(
         None if None in texts else commitment.output_text([text or "" for text in texts]),
@@ -160,6 +156,25 @@ def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> ReceivedA
         body.request_id,
         any(records),
     )
+
+
+def choice_texts(data: bytes, echoed: Sequence[str] = ()) -> list[str | None]:
+    """The text of each choice, as the model wrote it; None where the answer does not have that.
+    Raises NoAnswer."""
+    try:
+        body = _body.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return [_text(data)]
+    if isinstance(body, _Vectors):
+        raise NoAnswer("is one of vectors, which draw no tokens")
+    return _texts(body, echoed)
+
+
+def _texts(body: _Chat | _Completion, echoed: Sequence[str]) -> list[str | None]:
+    _check_order([choice.index for choice in body.choices])
+    if isinstance(body, _Completion) and echoed:
+        return [_after(choice, each) for choice, each in zip(body.choices, echoed, strict=False)]
+    return [choice.text for choice in body.choices]
 
 
 def _after(choice: _TextChoice, prompt: str) -> str:
