@@ -66,6 +66,8 @@ from pinaivu_box.tasks import TaskSet
 from pinaivu_box.tls import certificate as certificates
 from pinaivu_box.upstream.metrics import UpstreamMetrics
 from pinaivu_box.upstream.upstreams import Upstreams
+from pinaivu_box.witness.alarms import ForkMetrics
+from pinaivu_box.witness.wiring import Witnessing
 
 # Read at the start only: the sockets, and what stands before the routes.
 _NEED_RESTART = (
@@ -130,6 +132,7 @@ class Box:
     metrics: Metrics
     refusals: Refusals
     receipt_log: ReceiptLog
+    witnessing: Witnessing
     incidents: Incidents
     load: LoadTracker
     offers: Offers
@@ -312,6 +315,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
             background = TaskSet()
             await box.receipt_log.open()
             background.spawn(box.receipt_log.keep())
+            await box.witnessing.open()
             background.spawn(
                 retention.apply_hourly(
                     database, lambda: box.config.retention, box.receipt_log.removals
@@ -325,11 +329,13 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
             try:
                 async with _peering(box):
                     await box.upstreams.open()
+                    background.spawn(box.witnessing.keep())
                     yield box
             finally:
                 await box.upstreams.close()
                 headers.stop()
                 await background.cancel()
+                await box.witnessing.close()
                 await box.placement.close()
                 box.devices.close()
                 await box.digests.close()
@@ -391,7 +397,14 @@ async def _peering(box: Box) -> AsyncIterator[None]:
 
         box.incidents.is_back = is_back
         network.peer_lost = box.incidents.peer_lost
-        network.peer_is_back = box.incidents.peer_is_back
+
+        def peer_is_back(peer: str) -> None:
+            box.incidents.peer_is_back(peer)
+            box.witnessing.is_back(peer)
+
+        network.peer_is_back = peer_is_back
+        box.witnessing.join(network)
+        services.reputation.forked = box.witnessing.alarms.why_distrusted
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.digests, rate).serve
         running, background = TaskSet(), TaskSet()
@@ -472,6 +485,9 @@ def _join(
     upstreams = Upstreams(live, identity.node_id)
     metrics.registry.register(UpstreamMetrics(upstreams))
     incidents = Incidents(database)
+    receipt_log = ReceiptLog(identity, database, home)
+    witnessing = Witnessing(identity, database, receipt_log, lambda: live.config.witness)
+    metrics.registry.register(ForkMetrics(witnessing.alarms))
     placement.engine_died = incidents.engine_died
     metrics.registry.register(IncidentMetrics(incidents))
     boxes = without_peers(identity.node_id, live, placement, local, load, upstreams)
@@ -498,7 +514,8 @@ def _join(
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
-        receipt_log=ReceiptLog(identity, database, home),
+        receipt_log=receipt_log,
+        witnessing=witnessing,
         incidents=incidents,
         load=load,
         offers=Offers(live, load, digests.of, lambda: admission.draining, upstreams),

@@ -137,6 +137,15 @@ class PeeringConfig(Section, frozen=True):
     serve: PeeringServeConfig = PeeringServeConfig()
 
 
+class WitnessConfig(Section, frozen=True):
+    """Beside the members of the network: `logs` that this box witnesses, each a node id or the key
+    of a log as other programs write it (NAME+ID+BASE64), and `urls` of witnesses for its own log.
+    """
+
+    logs: Annotated[tuple[str, ...], Meta(max_length=256)] = ()
+    urls: Annotated[tuple[str, ...], Meta(max_length=32)] = ()
+
+
 class ExplorerConfig(Section, frozen=True):
     """Who may open it: "login", keys and sessions, or "public", everybody."""
 
@@ -230,6 +239,7 @@ class Config(Section, frozen=True):
     receipts: ReceiptsConfig = ReceiptsConfig()
     audit: AuditConfig = AuditConfig()
     peering: PeeringConfig = PeeringConfig()
+    witness: WitnessConfig = WitnessConfig()
     registry: RegistryConfig = RegistryConfig()
     explorer: ExplorerConfig = ExplorerConfig()
     log: LogConfig = LogConfig()
@@ -258,6 +268,7 @@ _CACHES = ("ollama", "lm-studio", "llama.cpp")
 HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
 _UPSTREAM_URL = re.compile(r"https?://[!-~]{1,2000}")
+_LOG = re.compile(r"node_[0-9a-f]{64}|[^\s+]{1,256}\+[0-9a-f]{8}\+[A-Za-z0-9+/]{44}")
 _UPSTREAM_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST_PORT = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
@@ -407,6 +418,7 @@ def _check(config: Config) -> None:
         if choice not in choices:
             raise ValueError(f"{name} is '{choice}', not one of {', '.join(choices)}")
     _check_peering(config.peering)
+    _check_witness(config.witness)
     check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
     check_amount("pricing.per_billion", config.pricing.per_billion or "0", amount.prices)
     for name, price in config.pricing.models.items():
@@ -451,6 +463,21 @@ def _check_upstream(upstream: UpstreamConfig) -> None:
     check_amount(f"{where}: its price", upstream.price or "0", amount.prices)
     for model, price in upstream.prices.items():
         check_amount(f'{where}: its price of "{model}"', price, amount.prices)
+
+
+def _check_witness(witness: WitnessConfig) -> None:
+    for text in witness.logs:
+        if not _LOG.fullmatch(text):
+            raise ValueError(
+                f"witness.logs has '{text[:80]}', which is neither a node id ('pinaivu id') nor a "
+                "log's key as in NAME+ID+BASE64"
+            )
+    for url in witness.urls:
+        if not _UPSTREAM_URL.fullmatch(url) or not urlsplit(url).hostname:
+            raise ValueError(
+                f"witness.urls has '{url[:80]}', which is no URL such as "
+                "https://HOST:4001/v1/witness"
+            )
 
 
 def _check_adapters(entry: ModelConfig) -> None:

@@ -67,6 +67,7 @@ ROOMS = (
     "routing",
     "ledger",
     "files",
+    "witness",
     "registry",
     "legs",
     "audits",

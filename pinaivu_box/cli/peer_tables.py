@@ -164,6 +164,7 @@ def _reasons(peer: dict[str, Any]) -> list[str]:
         f"{peer['state']}: {peer['why'] or 'no reason is known'}",
         f"reputation: {'nothing is known yet' if reputation is None else reputation['why']}",
     ]
+    reasons += [f"its log: {alarm['detail']}" for alarm in peer["log_alarms"]]
     if peer["gone"]:
         reasons.append("other members have lost their links to it")
     if peer["draining"]:

@@ -1,4 +1,4 @@
-"""`pinaivu receipts show|verify|transcript|audit`."""
+"""`pinaivu receipts show|verify|transcript|audit|evidence`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import msgspec
 
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.group import Group
+from pinaivu_box.cli.log_evidence import evidence
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.cli.transcripts import key_file_option, stored_transcript
@@ -22,6 +23,9 @@ from pinaivu_box.identity import NODE_PREFIX
 @click.group(cls=Group)
 def receipts() -> None:
     """Show, verify and audit receipts."""
+
+
+receipts.add_command(evidence)
 
 
 @receipts.command()

@@ -122,6 +122,7 @@ def _reach(address: str) -> str:
 
 def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
     yield _membership(peer)
+    yield from _log(peer)
     if peer.state == "revoked":
         return
     yield _link(peer)
@@ -134,6 +135,13 @@ def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
     yield from _models(peer, own, config)
     limits = [*_serves_us(peer), *_is_served(peer, own)]
     yield from limits or [Check("limits", "ok", "no limit is reached")]
+
+
+def _log(peer: PeerView) -> Iterator[Check]:
+    for alarm in peer.log_alarms:
+        loud = alarm.kind in ("fork", "no-statement")
+        todo = f"'pinaivu receipts evidence {alarm.id}' shows it"
+        yield Check("log", "failed" if loud else "warning", alarm.detail.rstrip("."), todo)
 
 
 def _membership(peer: PeerView) -> Check:

@@ -126,18 +126,44 @@ def is_consistent(
         return not proof and old_root == EMPTY_ROOT
     if old == new:
         return not proof and old_root == new_root
+    return _roots(old, old_root, new, proof) == (old_root, new_root)
+
+
+def other_beginning(
+    old: int, old_root: bytes, new: int, new_root: bytes, proof: Sequence[bytes]
+) -> bool:
+    """Whether the proof shows that the tree of size `new` does not begin with that of size `old`
+    and that root, where 0 < old < new: it leads from another root to `new_root`.
+
+    If `old` is a power of two, the first hash is that other root itself, which consistency proofs
+    leave out.
+    """
+    if not 0 < old < new:
+        return False
+    if old & (old - 1) == 0:
+        other, hashes = (proof[0], proof[1:]) if proof else (old_root, proof)
+        return other != old_root and _roots(old, other, new, hashes) == (other, new_root)
+    roots = _roots(old, old_root, new, proof)
+    return roots is not None and roots[0] != old_root and roots[1] == new_root
+
+
+def _roots(
+    old: int, old_root: bytes, new: int, proof: Sequence[bytes]
+) -> tuple[bytes, bytes] | None:
+    """The roots at both sizes that a consistency proof leads to, where 0 < old < new; None if its
+    length is wrong."""
     hashes = list(proof)
     if old & (old - 1) == 0:
         hashes.insert(0, old_root)
     if not hashes:
-        return False
+        return None
     position, last = old - 1, new - 1
     while position % 2:
         position, last = position >> 1, last >> 1
     first = second = hashes[0]
     for sibling in hashes[1:]:
         if last == 0:
-            return False
+            return None
         if position % 2 or position == last:
             first, second = node_hash(sibling, first), node_hash(sibling, second)
             while position % 2 == 0 and position:
@@ -145,7 +171,7 @@ def is_consistent(
         else:
             second = node_hash(second, sibling)
         position, last = position >> 1, last >> 1
-    return last == 0 and first == old_root and second == new_root
+    return (first, second) if last == 0 else None
 
 
 def needed_subtrees(ranges: Iterable[tuple[int, int]]) -> set[Subtree]:

@@ -171,6 +171,16 @@ class AuditsView(Struct, frozen=True):
     disproved: int = 0
 
 
+class LogAlarm(Struct, frozen=True):
+    """What is wrong with a peer's log: `kind` is "fork" (proven by the evidence of that `id`),
+    "unproven", "no-statement" or "restart"; `detail` is a sentence."""
+
+    id: str
+    kind: str
+    found_at: str
+    detail: str
+
+
 class RefusalView(Struct, frozen=True):
     """The peer's latest refusal of a request of this box, `age` seconds ago."""
 
@@ -182,7 +192,8 @@ class PeerView(Struct, frozen=True):
     """A peer.  `why` explains its `state`.  `clock_ahead`: by how much its clock was ahead of ours
     when the link began.  `advert_age`: the age of its latest advert; null if there is none, and
     then `models` is empty.  `gone`: other members report that they lost it.  `refusal`: its
-    latest, if it has not served a request of this box since."""
+    latest, if it has not served a request of this box since.  `log_alarms`: what is wrong with its
+    log, as far as this box knows."""
 
     id: str
     name: str
@@ -206,6 +217,7 @@ class PeerView(Struct, frozen=True):
     refusal: RefusalView | None = None
     cost: CostView | None = None
     audits: AuditsView = AuditsView()
+    log_alarms: list[LogAlarm] = []
     request_id: str | UnsetType = UNSET
 
 
@@ -244,6 +256,7 @@ def peer_view(
     *,
     cost: CostView | None = None,
     audits: AuditsView = NOT_AUDITED,
+    log_alarms: list[LogAlarm] | None = None,
 ) -> PeerView:
     advert = peer.advert
     return PeerView(
@@ -269,6 +282,7 @@ def peer_view(
         refusal=refusal,
         cost=cost,
         audits=audits,
+        log_alarms=log_alarms or [],
     )
 
 

@@ -12,12 +12,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
+from pinaivu_box.errors import InvalidValue
 from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, merkle, note, removal
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.entry_proof import EntryProof
 from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.removal import Removal
+from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import TilePath
 from pinaivu_box.receipt_log import histories, last_shown, proofs, tree
 from pinaivu_box.receipt_log.histories import Histories, Known
@@ -105,6 +109,21 @@ class ReceiptLog:
     async def consistency(self, old: int, new: int) -> tuple[bytes, ...]:
         """As `proofs.of_growth`, of the current log.  Raises InvalidValue, LogDamaged."""
         return await proofs.of_growth(self._database, self.current, old, new)
+
+    async def root(self, size: int) -> bytes:
+        """Of the first `size` entries, which the newest checkpoint covers.  Raises InvalidValue,
+        LogDamaged."""
+        stored = await store.last_checkpoint(self._database, self.current)
+        if not 0 <= size <= (stored.size if stored is not None else 0):
+            raise InvalidValue(f"no checkpoint is of {size} entries", field="size")
+        return await tree.root(self._database, self.current, size)
+
+    def statement(self) -> bytes:
+        """What the box has signed about the log before this one, as JSON; empty if it has not."""
+        of = self.current
+        if of.restart is None or of.signature is None:
+            return b""
+        return msgspec.json.encode(SignedRestart(of.restart.decode(), of.signature.hex()))
 
     async def tile(self, path: TilePath) -> bytes | None:
         """As `proofs.tile`, of the current log.  Raises LogDamaged."""

@@ -215,6 +215,8 @@ class Candidates:
             refuses = _DISTRUSTED
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
+        elif (why := self._reputation.forked(peer.node_id)) is not None:
+            refuses = why
         else:
             # What runs there counts too, so requests side by side do not exceed a limit together.
             owed = self._owed.get(peer.node_id, {}).get(advert.currency, 0)

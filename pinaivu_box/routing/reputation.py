@@ -9,6 +9,9 @@
   proof that an audit has shown to be false counts as ten.
 
 All of it fades: of legs and speed half is forgotten in a week, of disputes in a day.
+
+Of a box that has signed two histories of its log nothing is asked (`forked`): that does not fade,
+until an operator dismisses the evidence.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class Reputation:
         self._clock = clock
         self.opinions: dict[str, StoredOpinion] = {}
         self.changed: set[str] = set()
+        # Says that a box has signed two histories of its log, as it goes on after its name.
+        self.forked: Callable[[str], str | None] = lambda _node_id: None
 
     def restore(self, stored: Mapping[str, StoredOpinion]) -> None:
         """What was thought before we started.  What a clock that was ahead has dated fades from now
@@ -80,11 +85,15 @@ class Reputation:
         return node_id in self.opinions and self._faded(node_id).disputes > _MAX_DISPUTES
 
     def score(self, node_id: str) -> float:
+        if self.forked(node_id):
+            return 0.0
         opinion = self._faded(node_id)
         return _reliability(opinion) * opinion.speed * _honesty(opinion)
 
     def why(self, node_id: str) -> str:
         """In one sentence, for an operator."""
+        if why := self.forked(node_id):
+            return f"0.00: it {why}"
         if node_id not in self.opinions:
             return "1.00: it has not served anything for us yet"
         opinion = self._faded(node_id)

@@ -42,6 +42,7 @@ from pinaivu_box.server import (
     sealed_data,
     tokens,
     usage,
+    witness,
 )
 from pinaivu_box.server.endpoint import Access, Endpoint
 from pinaivu_box.server.pages.routes import PAGES
@@ -101,6 +102,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
              receipt_log.get_consistency, "Prove that the log has only grown between two sizes"),
     Endpoint("GET", "/v1/log/tile/{tile:path}", "any key",
              receipt_log.get_tile, "Get a tile of the log, or a bundle of its entries"),
+    Endpoint("POST", "/v1/witness/add-checkpoint", "public",
+             witness.add_checkpoint, "Cosign a checkpoint of another log (C2SP tlog-witness)"),
+    Endpoint("GET", "/v1/witness/{origin_hash}/checkpoint", "public",
+             witness.get_checkpoint, "Get the last checkpoint of a log that was cosigned"),
     Endpoint("GET", "/v1/explorer/receipts/{request_id}", "explorer",
              explorer.get_receipt, "Explain a receipt: who served the request, why, how proven"),
     Endpoint("GET", "/v1/explorer/network", "explorer",

@@ -226,7 +226,29 @@ _LOG = (  # the log of receipts, and its checkpoints
     "CREATE TABLE log_pending (task TEXT PRIMARY KEY) STRICT, WITHOUT ROWID",
     "INSERT INTO log_pending VALUES ('adopt')",
 )
-_WITNESSES: tuple[str, ...] = ()  # checkpoints of others, cosignatures, evidence
+_WITNESSES: tuple[str, ...] = (  # checkpoints of others, cosignatures, evidence
+    """CREATE TABLE witnessed (
+        origin      TEXT PRIMARY KEY,
+        node_id     TEXT NOT NULL,
+        size        INTEGER NOT NULL,
+        root        BLOB NOT NULL,
+        note        TEXT NOT NULL,
+        cosigned_at INTEGER NOT NULL,
+        restart     BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX witnessed_by_box ON witnessed (node_id)",
+    """CREATE TABLE log_alarms (
+        id          TEXT PRIMARY KEY,
+        kind        TEXT NOT NULL,
+        node_id     TEXT NOT NULL,
+        origin      TEXT NOT NULL,
+        found_at    INTEGER NOT NULL,
+        detail      TEXT NOT NULL,
+        document    BLOB NOT NULL,
+        dismissed   INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX log_alarms_by_origin ON log_alarms (origin, kind)",
+)
 _TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = (
     "ALTER TABLE keys ADD COLUMN transcript_key BLOB",
     """CREATE TABLE transcripts (

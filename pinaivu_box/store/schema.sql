@@ -780,6 +780,31 @@ CREATE TABLE log_pending (task TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 
 -- Checkpoints of others, cosignatures, evidence.
 
+-- Of each log that this box witnesses, the last checkpoint that it cosigned.
+CREATE TABLE witnessed (
+    origin      TEXT PRIMARY KEY,
+    node_id     TEXT NOT NULL,     -- whose log it is; '' if it is no box's
+    size        INTEGER NOT NULL,
+    root        BLOB NOT NULL,
+    note        TEXT NOT NULL,     -- with the log's signature and this box's cosignature
+    cosigned_at INTEGER NOT NULL,
+    restart     BLOB NOT NULL      -- the signed statement with which it followed another; or empty
+) STRICT, WITHOUT ROWID;
+CREATE INDEX witnessed_by_box ON witnessed (node_id);
+
+-- What is wrong with the logs of others: forks, proofs that were not given, entries that were lost.
+CREATE TABLE log_alarms (
+    id          TEXT PRIMARY KEY,
+    kind        TEXT NOT NULL,
+    node_id     TEXT NOT NULL,
+    origin      TEXT NOT NULL,
+    found_at    INTEGER NOT NULL,
+    detail      TEXT NOT NULL,     -- a sentence
+    document    BLOB NOT NULL,     -- what proves it to others; or empty
+    dismissed   INTEGER NOT NULL   -- 1: the operator has decided that it no longer counts
+) STRICT, WITHOUT ROWID;
+CREATE INDEX log_alarms_by_origin ON log_alarms (origin, kind);
+
 -- Transcripts and audits.
 
 -- What an audit of a request needs; goes with the request's receipt.

@@ -1,0 +1,72 @@
+"""`/v1/witness`: this box as a witness of other logs (C2SP tlog-witness).  Nobody needs a key: what
+counts is the log's signature.  Answers and their types are those of that specification."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import time
+
+from starlette.requests import Request
+
+from pinaivu_box.errors import BodyTooLarge
+from pinaivu_box.gossip.adverts import TokenBucket
+from pinaivu_box.server.bodies import read
+from pinaivu_box.server.context import box_of
+from pinaivu_box.server.plain import PlainText
+from pinaivu_box.witness.http import STATEMENT_HEADER
+from pinaivu_box.witness.rules import MAX_BODY_BYTES, SIZE_TYPE, Rejected, read_submission
+from pinaivu_box.witness.wire import MAX_STATEMENT_BYTES
+
+_BURST, _PER_SECOND = 100.0, 20.0  # checkpoints that are looked at, of all senders
+_limit = TokenBucket(_BURST)
+
+
+async def add_checkpoint(request: Request) -> PlainText:
+    """Cosign a checkpoint that is consistent with the last one that was cosigned."""
+    if not _limit.take(_PER_SECOND, time.monotonic()):
+        return _refused(429, "This witness is asked too often: ask again.", {"Retry-After": "1"})
+    try:
+        submission = read_submission(await _text(request))
+        witness = box_of(request).witnessing.witness
+        cosignature = await witness.add_checkpoint(submission, _statement(request))
+    except BodyTooLarge as error:
+        return _refused(413, error.message)
+    except Rejected as rejected:
+        if rejected.status == 409:
+            return PlainText(f"{rejected.size}\n", 409, {"content-type": SIZE_TYPE})
+        return _refused(rejected.status, rejected.why)
+    return PlainText(cosignature.line)
+
+
+async def get_checkpoint(request: Request, origin_hash: str) -> PlainText:
+    """The last checkpoint of a log that this witness cosigned, with both signatures."""
+    for last in box_of(request).witnessing.witness.last.values():
+        if hashlib.sha256(last.origin.encode()).hexdigest() == origin_hash:
+            return PlainText(last.note)
+    return _refused(404, "This witness has cosigned no checkpoint of that log.")
+
+
+async def _text(request: Request) -> str:
+    """Raises BodyTooLarge, Rejected."""
+    data = await read(request, MAX_BODY_BYTES)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise Rejected(400, "The body is not UTF-8.") from None
+
+
+def _statement(request: Request) -> bytes:
+    """With which a log says that it follows another one of its box."""
+    encoded = request.headers.get(STATEMENT_HEADER, "")
+    if len(encoded) > 2 * MAX_STATEMENT_BYTES:
+        return b""
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _refused(status: int, why: str, headers: dict[str, str] | None = None) -> PlainText:
+    return PlainText(f"{why}\n", status, headers)
