@@ -4,6 +4,8 @@ what a box with the same key could say instead is found."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +20,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, RECEIPT_DOMAIN
 from tests.support.process_box import MODEL, Box, StartBox, pinaivu
+from tests.support.streamed_chat import StreamedChat
 
 Json = dict[str, Any]
 VARIANT = "haswell"
@@ -81,6 +84,24 @@ def test_an_honest_answer_agrees_to_the_bit(box: Box, body: Json) -> None:
     for leg in report["legs"]:
         assert leg["mode"] == "bitwise" and leg["numbers"] is True
         assert leg["compared"] == leg["agreeing"] == leg["tokens"] > 0
+
+
+def test_an_answer_that_two_engines_made(box: Box) -> None:
+    """The first was killed, and nobody can promise its numbers; the second's are the same bits."""
+    stream = StreamedChat(box, MODEL, 120, temperature=0.9, seed=3)
+    stream.wait_for_text(5)
+    (engine,) = box.http("GET", "/v1/engines").json()["data"]
+    os.kill(engine["pid"], signal.SIGKILL)
+    stream.join()
+    assert stream.error is None
+    status, report = audited(box, stream.request_id)
+    assert (status, report["verdict"]) == (0, "agrees")
+    first, second = report["legs"]
+    assert (first["leg"], first["mode"], second["leg"], second["mode"]) == (
+        *(0, "statistical"), *(1, "bitwise"),
+    )  # fmt: skip
+    assert first["agreeing"] == first["tokens"] > 0 and second["numbers"] is True
+    assert first["tokens"] + second["tokens"] == 120
 
 
 # -- a box that says something else ----------------------------------------------------------------

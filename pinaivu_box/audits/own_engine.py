@@ -19,6 +19,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.receipts.receipt import BITWISE, Proof
+from pinaivu_box.receipts.transcript import RequestTranscript
 from pinaivu_box.settings import LiveSettings, Settings
 
 _EXACT_ON = re.compile(f"{BITWISE}([a-z0-9_]+) .* ([a-z0-9_]+)")
@@ -44,11 +45,16 @@ async def model_of(catalog: Catalog, proof: Proof, digest: Digest, known: Digest
 
 @asynccontextmanager
 async def engine_for(
-    config: Config, model: Model, digest: Digest, proofs: Sequence[Proof]
+    config: Config,
+    model: Model,
+    digest: Digest,
+    transcript: RequestTranscript | None,
+    proofs: Sequence[Proof],
 ) -> AsyncIterator[EngineProcess]:
-    """An engine of the model for computing the proofs again.  If this processor cannot compute as
-    the node did, it computes as it can.  Raises NotHere."""
-    sized, own = _sized(config, model, proofs)
+    """An engine of the model for computing the proofs again.  Without a transcript these are of all
+    legs.  If this processor cannot compute as the node did, it computes as it can.  Raises
+    NotHere."""
+    sized, own = _sized(config, model, transcript, proofs)
     devices = DeviceMonitor()
     ways = [*_exact_as(sized, own, proofs), (sized, own)]
     placements = [Placement(LiveSettings(Settings(each)), digest, devices) for each, _ in ways]
@@ -71,12 +77,24 @@ async def _first(placements: list[Placement], models: list[Model]) -> EngineProc
     raise NotHere(why)
 
 
-def _sized(config: Config, model: Model, proofs: Sequence[Proof]) -> tuple[Config, Model]:
+def _made(transcript: RequestTranscript | None, proofs: Sequence[Proof], choice: int) -> int:
+    """How many tokens that choice has."""
+    if transcript is not None:
+        return sum(len(leg.tokens) for leg in transcript.legs if leg.choice == choice)
+    return sum(proof.completion_tokens for proof in proofs if proof.choice == choice)
+
+
+def _sized(
+    config: Config,
+    model: Model,
+    transcript: RequestTranscript | None,
+    proofs: Sequence[Proof],
+) -> tuple[Config, Model]:
     """For one sequence at a time, with the context that the answers were made with."""
     usual = memory.context_of(model, config.engine.context)
     context, shifts = usual, config.engine.context_shift
     for proof in proofs:
-        made = sum(leg.completion_tokens for leg in proofs if leg.choice == proof.choice)
+        made = _made(transcript, proofs, proof.choice)
         if proof.shifted_tokens:
             found = context_of(proof.prompt_tokens, made, proof.shifted_tokens, usual)
             context, shifts = found or context, True

@@ -70,7 +70,7 @@ async def _audit(call: Call, read: TranscriptReader, statements: list[Any], legs
     proofs, engine = [leg.proof for leg in legs], {"build": "", "exactness": ""}
     try:
         config, model, digest = await _model(call, proofs)
-        async with engine_for(config, model, digest, proofs) as process:
+        async with engine_for(config, model, digest, None, proofs) as process:
             engine = {"build": process.ready.build, "exactness": process.ready.exactness}
             audits = await audit_legs(process, await read(process, model, legs), legs)
     except NotHere as error:

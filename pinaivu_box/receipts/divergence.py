@@ -21,8 +21,8 @@ from pinaivu_box.engine.messages import ReplayedToken
 
 FALSE_ALARM_RATE = 0.001
 LARGE = 0.5  # a margin, in units of logit / temperature
-HONEST_RATE = 0.06  # of tokens that differ at all
-HONEST_LARGE_RATE = 0.004  # of those that differ by more than `LARGE`
+HONEST_RATE = 0.065  # of tokens that differ at all
+HONEST_LARGE_RATE = 0.013  # of those that differ by more than `LARGE`
 
 
 @dataclass(frozen=True)
