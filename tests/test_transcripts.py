@@ -192,6 +192,37 @@ def test_chats_of_the_pages_have_none(plain: Box) -> None:
     assert files_with(plain.home, "Schwurbelwort") == []
 
 
+def test_a_receipt_is_verified_with_its_transcript(plain: Box, tmp_path: Path) -> None:
+    answer = asked(plain, WORD, n=2)
+    receipt, file = tmp_path / "receipt.json", tmp_path / "transcript.json"
+    request_id = answer["request_id"]
+    receipt.write_bytes(plain.http("GET", f"/v1/receipts/{request_id}").content)
+    view = kept(plain, request_id)
+    file.write_text(json.dumps(view))
+    command = ("receipts", "verify", str(receipt), "--require-log", "--json", "--transcript")
+    checks = json.loads(run_command(*command, str(file), home=tmp_path / "none").stdout)
+    found = {check["name"]: check for check in checks}
+    assert all(check["ok"] for check in checks)
+    assert {"inclusion", "transcript 0", "transcript 1"} <= found.keys()
+    assert "token by token" in found["transcript 1"]["meaning"]
+    by_id = run_command("receipts", "verify", request_id, "--transcript", request_id,
+                        home=plain.home).stdout  # fmt: skip
+    assert "ok     transcript 1:" in by_id
+
+    view["transcript"]["legs"][1]["tokens"][0] += 1
+    file.write_text(json.dumps(view))
+    refused = run_command(*command, str(file), home=tmp_path / "none", check=False)
+    assert refused.returncode == 1
+    failed = [check["name"] for check in json.loads(refused.stdout) if not check["ok"]]
+    assert failed == ["transcript 1"]
+
+    shown = json.loads(receipt.read_bytes())
+    del shown["opening"]
+    receipt.write_text(json.dumps(shown))
+    refused = run_command(*command, str(file), home=tmp_path / "none", check=False)
+    assert "the receipt has no openings for its legs: ask the key's owner" in refused.stdout
+
+
 def test_a_sealed_one_is_opened_by_the_secret_alone(sealed: Box, tmp_path: Path) -> None:
     made = run_command_json("keys", "create", home=sealed.home)
     answer = asked(sealed, WORD, made["key"])

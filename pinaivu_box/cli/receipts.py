@@ -81,6 +81,13 @@ def show(call: Call, request_id: str) -> None:
     help="JSON body of the answer, or its text only: check that the receipt belongs to it, and to "
     "its log probabilities or vectors.",
 )
+@click.option(
+    "--transcript",
+    "transcript_file",
+    metavar="FILE|ID",
+    help="The request's transcript: check that its texts and tokens are what was committed to.",
+)
+@key_file_option
 def verify(
     call: Call,
     file_or_id: str,
@@ -90,20 +97,25 @@ def verify(
     require_log: bool,
     request_file: Path | None,
     answer: Path | None,
+    transcript_file: str | None,
+    key_file: str | None,
 ) -> None:
     """Verify a receipt offline, and say what each check proves.
 
     FILE is the answer of GET /v1/receipts/{request_id} ('-': standard input); ID is a request id,
     whose receipt is read from the database in HOME.  Exits with 1 if a check fails.
     """
-    from pinaivu_box.receipts.verify import verify_receipt
+    from pinaivu_box.receipts.verify import Transcript, verify_receipt
     from pinaivu_box.receipts.verify_transcript import usual_stop
 
     trusted = None if node_key is None else _node_key("--node-key", node_key)
     log = _log_policy(require_log, witnesses, quorum)
     document = _document(call, file_or_id)
-    transcript = _transcript(request_file, answer, usual_stop(document))
-    checks = verify_receipt(document, node_key=trusted, log=log, transcript=transcript)
+    exchange = _transcript(request_file, answer, usual_stop(document))
+    if transcript_file is not None:
+        recorded = stored_transcript(call, transcript_file, key_file)
+        exchange = msgspec.structs.replace(exchange or Transcript(), recorded=recorded)
+    checks = verify_receipt(document, node_key=trusted, log=log, transcript=exchange)
     if call.as_json:
         print_json(checks)
     else:

@@ -88,7 +88,8 @@ def verify_receipt(
     checked = [_proof(number, signed, receipt) for number, signed in enumerate(receipt.proofs)]
     checks += [check for check, _ in checked]
     proofs = [proof for _, proof in checked if proof is not None]
-    if len(proofs) == len(checked):
+    whole = len(proofs) == len(checked)
+    if whole:
         checks += [_order(receipt, proofs), _usage(receipt, proofs)]
         if proofs:
             checks.append(_payment(receipt, proofs))
@@ -96,7 +97,7 @@ def verify_receipt(
     if node_key is not None:
         checks.append(_trusted(receipt, node_key))
     if transcript is not None:
-        checks += transcript_checks(view, receipt, transcript)
+        checks += transcript_checks(view, receipt, proofs if whole else [], transcript)
     return checks
 
 
@@ -143,7 +144,7 @@ def check_json(text: str) -> None:
     """Readers of JSON must not differ on what a signed text says: no name of an object may be there
     twice, nothing may stand before or after the value, and NaN is no number.  Raises ValueError,
     RecursionError."""
-    _strict.decode(text)
+    json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
@@ -156,9 +157,6 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number in JSON")
-
-
-_strict = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _check_opening(view: ReceiptView) -> None:

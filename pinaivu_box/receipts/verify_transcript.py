@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -12,7 +12,8 @@ from msgspec import Struct
 from pinaivu_box.receipts import answer, commitment
 from pinaivu_box.receipts.checks import VerificationCheck, either, matches
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import UPSTREAM_VERSION, Receipt, ReceiptView
+from pinaivu_box.receipts.receipt import UPSTREAM_VERSION, LegStatement, Receipt, ReceiptView
+from pinaivu_box.receipts.transcript import RequestTranscript, mismatch, openings_of
 
 _HEX = re.compile("[0-9a-f]*")
 
@@ -22,12 +23,13 @@ class Transcript(Struct, frozen=True):
 
     `prompts` are what was asked (see `commitment.prompt_text`), and `answer` is the text of the
     answer or its JSON body (see `answer.read`).  The text of each choice begins with the one in
-    `echoed`, which is not the model's.
+    `echoed`, which is not the model's.  `recorded` is what a box keeps of it, with the tokens.
     """
 
     prompts: list[str] | None = None
     echoed: list[str] = []
     answer: bytes | None = None
+    recorded: RequestTranscript | None = None
 
 
 def usual_stop(document: bytes) -> list[str]:
@@ -40,12 +42,30 @@ def usual_stop(document: bytes) -> list[str]:
 
 
 def transcript_checks(
-    view: ReceiptView, receipt: Receipt, transcript: Transcript
+    view: ReceiptView, receipt: Receipt, proofs: Sequence[LegStatement], transcript: Transcript
 ) -> Iterator[VerificationCheck]:
+    """`proofs`: those of the receipt, all of them, or none if one of them is wrong."""
     if transcript.prompts is not None:
         yield _prompts(view, receipt, transcript.prompts)
     if transcript.answer is not None:
         yield from _answer(view, receipt, transcript.answer, transcript.echoed)
+    if transcript.recorded is not None and proofs:
+        yield from _recorded(view, proofs, transcript.recorded)
+
+
+def _recorded(
+    view: ReceiptView, proofs: Sequence[LegStatement], recorded: RequestTranscript
+) -> Iterator[VerificationCheck]:
+    """Text and tokens of each leg."""
+    try:
+        openings = openings_of(view.opening or {}, proofs)
+    except ValueError as error:
+        yield VerificationCheck("transcript 0", False, f"{error}: ask the key's owner")
+        return
+    for number, (proof, pair) in enumerate(zip(proofs, openings, strict=True)):
+        why = mismatch(recorded, proof, *pair)
+        holds = f"its prompt and output are what {proof.node_id} committed to, token by token"
+        yield either(f"transcript {number}", not why, holds, f"the transcript is another: {why}")
 
 
 def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
