@@ -10,9 +10,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from pinaivu_box.log import checkpoint
 from pinaivu_box.receipts.verify import LogPolicy, VerificationCheck, verify_receipt
+from pinaivu_box.witness.cosigning import cosigned_by
 from tests.support import log_vectors, receipt_vectors, third_verifier
 from tests.support.both_verifiers import by_page
 from tests.support.in_process_command import run_command
@@ -151,3 +154,22 @@ def test_the_command_fails_without_a_log_that_was_asked_for(tmp_path: Path) -> N
 )
 def test_wrong_options_are_refused(file: Path, options: list[str], said: str) -> None:
     assert said in verify(file, *options, status=2)
+
+
+@pytest.mark.parametrize("asked", ["a member", "a URL"])
+def test_no_witness_can_spoil_the_receipts_of_a_box(asked: str) -> None:
+    """What a box keeps of the answer of a witness is what verifiers accept."""
+    witness, note = WITNESSES[0], entry_proof_of(3, 7).note
+    name = witness.node_id if asked == "a member" else "https://witness.example"
+    right = checkpoint.cosign(witness, note.text, log_vectors.SEEN_AT)
+    late = checkpoint.cosign(witness, note.text, log_vectors.LAST_SECOND + 1)
+    of_the_box = checkpoint.cosign(receipt_vectors.OWN, note.text, log_vectors.SEEN_AT)
+    other_key = right._replace(key_id=b"none")
+    foreign = right._replace(name="witness.example/w1")
+    for line in (late, of_the_box, other_key, foreign, right._replace(signature=late.signature)):
+        assert cosigned_by(name, line.line, note) is None
+    for lines in ([right], [other_key, right], [foreign, right, other_key]):
+        kept = cosigned_by(name, "".join(each.line for each in lines), note)
+        assert kept is not None
+        proof = msgspec.structs.replace(entry_proof_of(3, 7), note=kept)
+        assert all(check.ok for check in verify_receipt(document(proof)))

@@ -22,6 +22,7 @@ _ORIGIN = re.compile(r"pinaivu/log/(node_[0-9a-f]{64})/(0|[1-9][0-9]{0,15})" + E
 _NUMBER = re.compile("(?:0|[1-9][0-9]{0,15})" + END)
 _TIME_BYTES = 8
 _SIGNATURE_BYTES = 64
+_LATEST = 253402300799  # the last second that RFC 3339 can say, as a Unix time
 
 
 class Checkpoint(NamedTuple):
@@ -122,7 +123,7 @@ def cosignature(note: Note, node_id: str) -> Cosignature | None:
     if not found:
         return None
     time = int.from_bytes(found[0][:_TIME_BYTES], "big")
-    right = len(found[0]) == _TIME_BYTES + _SIGNATURE_BYTES and time < 2**63
+    right = len(found[0]) == _TIME_BYTES + _SIGNATURE_BYTES and time <= _LATEST
     if not right or not _verifies(key, _cosigned(note.text, time), found[0][_TIME_BYTES:]):
         raise NoteError(f"the cosignature of {node_id} is not its own")
     return Cosignature(node_id, time)

@@ -107,12 +107,13 @@ class Cosigning:
 
 def cosigned_by(name: str, lines: str, signed: Note) -> Note | None:
     """The checkpoint with the cosignature of the witness that is among these lines, if it is right.
-    `name` is a node id; or a URL, then any box counts: its key is in the name under which it
+    `name` is a node id; or a URL, then any other box counts: its key is in the name under which it
     signs."""
     try:
         whole = Note(signed.text, note.read_signatures(lines))
         named = checkpoint.witnesses_named(whole)
-        right = [one for one in named if name == one or not name.startswith("node_")]
+        others = [one for one in named if one != checkpoint.read(signed).node_id]
+        right = [one for one in others if name == one or not name.startswith("node_")]
         if not right or checkpoint.cosignature(whole, right[0]) is None:
             return None
     except NoteError:

@@ -18,6 +18,7 @@ import pytest
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, entry_proof, evidence, note
+from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
 from pinaivu_box.store import log as store
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
@@ -168,6 +169,8 @@ async def test_three_boxes_cosign_each_other(tmp_path: Path) -> None:
         receipt = await anna.http("GET", f"/v1/receipts/{answers[anna.node_id]['request_id']}")
         for other in made[1:]:
             assert f"pinaivu/witness/{other.node_id}" in receipt.text
+        policy = LogPolicy(witnesses=tuple(other.node_id for other in made[1:]))
+        assert [one for one in verify_receipt(receipt.content, log=policy) if not one.ok] == []
 
 
 async def test_logs_grow_and_a_young_receipt_has_no_cosignature_yet(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ EXACT: dict[str, Any] = {
     "exactness": "bitwise:haswell llama.cpp 1 f16",
     "logits_sha256": "5e" * 32,
 }
-_LAST_SECOND = 253402300799  # of the year 9999
+LAST_SECOND = 253402300799  # of the year 9999
 
 
 @cache
@@ -197,8 +197,8 @@ def _witnesses() -> Inclusions:
         "three_witnesses": right,
         "a_witness_before_the_log": replace(right, note=Note(text, (first, own))),
         "a_witness_at_the_epoch": of(at(0)),
-        "a_witness_in_the_year_9999": of(at(_LAST_SECOND)),
-        "a_witness_in_the_year_10000": of(at(_LAST_SECOND + 1)),
+        "a_witness_in_the_year_9999": of(at(LAST_SECOND)),
+        "a_witness_in_the_year_10000": of(at(LAST_SECOND + 1)),
         "a_witness_beyond_all_time": of(at(2**63)),
         "a_witness_of_another_checkpoint": of(other_text, *rest),
         "a_witness_with_another_time": of(
