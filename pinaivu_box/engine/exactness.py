@@ -16,7 +16,7 @@ from pinaivu_box.engine.messages import Exact
 # Variants of the library, and types of tensors as ggml names them, whose products have the same
 # bits in any number of rows, as was measured: with the library as published, and with the fixed
 # split, which settles that for more.  A single row of F16 or BF16 has a kernel of its own; that of
-# several costs it 16 % (`tests/bench/results/2026-11-30-exact-paths.md`).
+# several costs it 16 % (`tests/bench/results/2026-11-30-exact-paths.md`, and 2026-12-01 for those with AVX-512).
 _VARIANTS = frozenset({
     "sse42", "haswell", "skylakex", "cannonlake", "cascadelake", "cooperlake", "icelake", "zen4",
 })  # fmt: skip
