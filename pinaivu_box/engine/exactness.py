@@ -16,10 +16,11 @@ from pinaivu_box.engine.messages import Exact
 # Variants of the library, and types of tensors as ggml names them, whose products have the same
 # bits in any number of rows, as was measured: with the library as published, and with the fixed
 # split, which settles that for more.  A single row of F16 or BF16 has a kernel of its own; that of
-# several costs it 16 % (`tests/bench/results/2026-11-30-exact-paths.md`, and 2026-12-01 for those with AVX-512).
-_VARIANTS = frozenset({
-    "sse42", "haswell", "skylakex", "cannonlake", "cascadelake", "cooperlake", "icelake", "zen4",
-})  # fmt: skip
+# several costs it 16 % (`tests/bench/results/*-exact-paths.md`).
+_PUBLISHED_VARIANTS = frozenset({"haswell", "sse42"})
+_SETTLED_VARIANTS = _PUBLISHED_VARIANTS | {
+    "skylakex", "cannonlake", "cascadelake", "cooperlake", "icelake", "zen4",
+}  # fmt: skip
 _PUBLISHED = frozenset({"f32", "q8_0", "q4_0"})
 _SETTLED = _PUBLISHED | {
     "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "mxfp4", "q4_K", "q5_K", "q6_K",
@@ -63,7 +64,7 @@ class Setup:
         weights, caches = (_SETTLED, _SETTLED_CACHES) if is_settled else (_PUBLISHED, _CACHES)
         return (
             self.plain
-            and self.variant in _VARIANTS
+            and self.variant in (_SETTLED_VARIANTS if is_settled else _PUBLISHED_VARIANTS)
             and bool(self.weights)
             and self.weights <= weights
             and self.kv_type in caches

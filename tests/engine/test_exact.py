@@ -302,6 +302,9 @@ SETUP = exactness.Setup(frozenset({"q8_0", "f32"}), "haswell", "llama.cpp 1", fi
         ({"weights": frozenset({"q2_K"}), "fixed_split": 2}, False, False),
         ({"weights": frozenset({"f16"}), "fixed_split": 2}, False, False),
         ({"fixed_split": 2, "variant": "ivybridge"}, False, False),
+        ({"fixed_split": 2, "variant": "alderlake"}, False, False),
+        ({"fixed_split": 2, "variant": "zen4"}, True, True),
+        ({"variant": "zen4"}, False, False),
         ({"kv_type": "q8_0", "fixed_split": 2}, True, True),
         ({"experts": True, "fixed_split": 2}, True, True),
         ({"weights": frozenset()}, False, False),
@@ -322,4 +325,4 @@ def test_exactness_is_promised_where_it_holds(
     assert bool(exactness.of(True, setup)) is if_wanted
     assert exactness.of(False, setup) == ""
     if if_wanted:
-        assert exactness.of(True, setup) == f"bitwise:haswell llama.cpp 1 {setup.kv_type}"
+        assert exactness.of(True, setup) == f"bitwise:{setup.variant} llama.cpp 1 {setup.kv_type}"
