@@ -138,6 +138,18 @@ async def test_a_text_that_is_not_the_tokens_own(fake: EngineProcess) -> None:
     assert audit.verdict == "differs" and "text" in audit.meaning
 
 
+@pytest.mark.anyio
+async def test_nobody_answers_for_the_text_of_another_leg(fake: EngineProcess) -> None:
+    tokens = said()
+    kept = transcript(tokens[:12], tokens[12:])
+    for number, expected in ((0, ["differs", "agrees"]), (1, ["agrees", "differs"])):
+        legs = list(kept.legs)
+        legs[number] = msgspec.structs.replace(legs[number], text="Else")
+        lying = msgspec.structs.replace(kept, legs=legs)
+        signed = [leg_of(lying, finish_reason="peer_lost"), leg_of(lying, 1)]
+        assert [audit.verdict for audit in await audit_legs(fake, lying, signed)] == expected
+
+
 WEATHER = Tools('[{"name":"weather"}]', ["weather"])
 UNSUITABLE: dict[str, tuple[Callable[[], tuple[RequestTranscript, Change]], str]] = {
     "another model": (lambda: (transcript(said()), {"model_digest": "ab" * 32}), "no model"),

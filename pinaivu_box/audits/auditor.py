@@ -149,11 +149,24 @@ def _judged(transcript: RequestTranscript, proof: Proof, replay: Replay) -> LegA
         return not_auditable(proof, "the answer had ended in a leg before it")
     is_last = _is_last(transcript, proof)
     audit = judge(proof, replay.answer, start, is_last=is_last)
-    text = "".join(each.text for each in transcript.legs if each.choice == proof.choice)
-    if audit.verdict == "agrees" and is_last and text != replay.text:
+    earlier = "".join(each.text for each in before)
+    made = transcript.leg(proof.choice, proof.leg)
+    if (
+        audit.verdict == "agrees"
+        and made is not None
+        and not _is_text(replay.text, earlier, made.text, is_last=is_last)
+    ):
         why = "the draws agree, but the text that it committed to is not that of its tokens"
         return msgspec.structs.replace(audit, verdict="differs", meaning=why)
     return audit
+
+
+def _is_text(whole: str, earlier: str, own: str, *, is_last: bool) -> bool:
+    """Whether a leg's own text is that of its tokens, or nobody knows, since the text before it is
+    another one.  Text that may begin a stop string is in the leg after it."""
+    if not whole.startswith(earlier):
+        return True
+    return whole == earlier + own if is_last else whole.startswith(earlier + own)
 
 
 def _tokens(transcript: RequestTranscript, proof: Proof) -> list[int]:

@@ -22,7 +22,7 @@ from pinaivu_box.receipts.receipt import BITWISE, Proof
 from pinaivu_box.receipts.transcript import RequestTranscript
 from pinaivu_box.settings import LiveSettings, Settings
 
-_EXACT_ON = re.compile(f"{BITWISE}([a-z0-9_]+) .* ([a-z0-9_]+)")
+_EXACT_ON = re.compile(f"{BITWISE}([a-z0-9_]+) .*? ([a-z0-9_]+)(?: long)?")
 Digest = Callable[[Model], Awaitable[str]]
 
 

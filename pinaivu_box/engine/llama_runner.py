@@ -235,19 +235,28 @@ class LlamaRunner:
             controls=self._controls(),
             defaults=self._sampling_defaults(),
             cells=self._cells(),
-            exactness=self._exactness,
+            exactness=self._exact_on(),
             cpu_variant=cpu_library().variant,
         )
 
     def _cells(self) -> str:
         """llama.cpp chooses LongRoPE's factors by the size of the context (`get_rope_factors`), and
         what it saves of a sequence knows the number of streams."""
-        name = f"{self._architecture}.rope.scaling.original_context_length"
-        text = metadata(self._model, name)
-        original = number_of(text) or llama.llama_model_n_ctx_train(self._model)
+        original = self._original_context or llama.llama_model_n_ctx_train(self._model)
         is_long = llama.llama_n_ctx_seq(self._context) > original
         streams = 1 if self._unified else llama.llama_n_seq_max(self._context)
         return f"{'long' if is_long else 'short'} {streams}"
+
+    @property
+    def _original_context(self) -> int:
+        """Of a file whose context was made longer; 0 of others."""
+        name = f"{self._architecture}.rope.scaling.original_context_length"
+        return number_of(metadata(self._model, name)) or 0
+
+    def _exact_on(self) -> str:
+        """The exactness, which of such a file also depends on LongRoPE's factors (see `_cells`)."""
+        is_long = 0 < self._original_context < llama.llama_n_ctx_seq(self._context)
+        return f"{self._exactness} long" if self._exactness and is_long else self._exactness
 
     def _chat_template(self) -> str | None:
         """The file's template; Command R and Hermes have another for tools."""
