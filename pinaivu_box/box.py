@@ -18,7 +18,8 @@ from msgspec import Struct
 
 from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
-from pinaivu_box.audits.finding import Replay, not_here
+from pinaivu_box.audits.finding import Replay
+from pinaivu_box.audits.local_replay import LocalReplay
 from pinaivu_box.audits.service import AuditService
 from pinaivu_box.config import Config
 from pinaivu_box.devices import DeviceMonitor
@@ -140,6 +141,7 @@ class Box:
     upstreams: Upstreams
     boxes: Boxes
     control_token: str
+    replay: Replay  # computes again what peers served
     session_keys: SessionKeys = field(default_factory=SessionKeys)
     login_throttle: Throttle = field(default_factory=Throttle)
     signup_throttle: SignupThrottle = field(default_factory=SignupThrottle)
@@ -156,7 +158,6 @@ class Box:
     peer_policies: PeerPolicies | None = None
     peer_services: PeerServices | None = None
     audits: AuditService | None = None
-    replay: Replay = not_here
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
@@ -451,7 +452,7 @@ def _audits(box: Box, services: PeerServices) -> AuditService:
         settings=box.settings,
         database=box.database,
         reputation=services.reputation,
-        replay=lambda transcript, legs: box.replay(transcript, legs),
+        replay=box.replay,
         busy=lambda: bool(box.requests.count) or not services.serving.admission.idle.is_set(),
         registry=box.metrics.registry,
     )
@@ -507,6 +508,7 @@ def _join(
         database=database,
         headers=headers,
         digests=digests,
+        replay=LocalReplay(live, digests.of, digests.known),
         devices=devices,
         placement=placement,
         admission=admission,

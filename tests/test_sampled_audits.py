@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -27,13 +28,17 @@ from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.ledger import disproofs
 from pinaivu_box.ledger import entry as ledger_entry
+from pinaivu_box.policy import Policy
+from pinaivu_box.policy_bounds import within
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.receipts.transcript import RequestTranscript, decode
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import peer_audits
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peer_audits import PeerAudits
+from tests.bench.audited_peer import GOAL_REQUESTS, Cheat, first_found
 from tests.support.audited_legs import PRICE, WORD, key, leg, request
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.keys import IDENTITIES
 from tests.support.waiting import soon, wait_until
 
@@ -100,6 +105,26 @@ def test_a_newcomer_is_audited_more_often() -> None:
     assert [share(PeerAudits(watched=n), CONFIG) for n in (0, 199, 200, 10_000)] == [
         0.2, 0.2, 0.01, 0.01
     ]  # fmt: skip
+
+
+def test_a_new_peer_that_cheats_is_found_within_50_requests_in_99_of_100_runs() -> None:
+    """If each audit of such an answer finds it, as in bitwise mode; in seeded runs."""
+    found = [first_found(Cheat(), Random(seed)) for seed in range(100)]
+    assert sum(number <= GOAL_REQUESTS for number in found) >= 99
+    assert 3 <= sorted(found)[50] <= 5  # every fifth is audited
+
+
+def test_a_key_is_left_out_and_so_are_those_that_it_makes(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    made = run_command_json("keys", "create", "--audit", "off", home=home)
+    assert made["policy"]["audit"] == "off"
+    for value, expected in (("on", "on"), ("off", "off"), ("none", "on")):
+        edited = run_command_json("keys", "edit", made["id"], "--audit", value, home=home)
+        assert edited["policy"]["audit"] == expected
+    refused = run_command("keys", "create", "--audit", "maybe", home=home, check=False)
+    assert refused.returncode == 2
+    off = Policy(audit="off")
+    assert within(Policy(), off).audit == "off" and within(off, Policy()).audit == "off"
 
 
 # -- what waits ------------------------------------------------------------------------------------

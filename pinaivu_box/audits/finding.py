@@ -29,8 +29,3 @@ class Finding(Struct, frozen=True):
 # Computes these legs of a request again, on this box; a finding for each.  If it is cancelled it
 # stops computing.  Raises BoxError if it cannot be done now.
 Replay = Callable[[RequestTranscript, Sequence[LegToAudit]], Coroutine[Any, Any, list[Finding]]]
-
-
-async def not_here(transcript: RequestTranscript, legs: Sequence[LegToAudit]) -> list[Finding]:
-    """A Replay that computes nothing."""
-    return [Finding("not_auditable", "nothing is computed again here") for _ in legs]

@@ -13,6 +13,7 @@ import httpx
 
 from pinaivu_box import config
 from pinaivu_box.box import Box, open_box
+from pinaivu_box.config import ModelConfig
 from pinaivu_box.identity import Identity
 from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.server.app import create_app
@@ -87,9 +88,9 @@ class InProcessBox:
 
 @contextlib.asynccontextmanager
 async def in_process_box(
-    net: MemoryNetwork, home: Path, models: tuple[str, ...] = (), **settings: Any
+    net: MemoryNetwork, home: Path, models: tuple[str | ModelConfig, ...] = (), **settings: Any
 ) -> AsyncIterator[InProcessBox]:
-    """`settings` as "section__name"."""
+    """A name alone is that of a fake model; `settings` as "section__name"."""
 
     async def bind(identity: Identity, *_: object) -> Transport:
         return MemoryTransport(net, identity.node_id, None, f"at:{home.name}")
@@ -99,7 +100,10 @@ async def in_process_box(
         ("peering", "name"): home.name,
     }
     overrides |= {tuple(name.split("__")): value for name, value in settings.items()}
-    extra = [config.ModelConfig(name=name, path="fake:1") for name in models]
+    extra = [
+        ModelConfig(name=model, path="fake:1") if isinstance(model, str) else model
+        for model in models
+    ]
     load = partial(config.load, None, environ={}, overrides=overrides, extra_models=extra)
     with patch.object(IrohTransport, "bind", bind):
         async with open_box(load, home) as box:
