@@ -54,6 +54,11 @@ def node_key(box: Box) -> bytes:
     return bytes.fromhex(pinaivu_json("id", home=box.home)["node_id"].removeprefix("node_"))
 
 
+def doctor_on_logs(box: Box) -> list[dict[str, str]]:
+    done = pinaivu("doctor", "--json", home=box.home, check=False)
+    return [check for check in json.loads(done.stdout) if check["name"] == "others' logs"]
+
+
 def foreign(seed: str = "") -> WrittenLog:
     log = WrittenLog(OTHER.signing_key, seed=seed)
     log.origin = FOREIGN
@@ -125,6 +130,7 @@ def test_evidence_is_listed_printed_and_dismissed(
     assert "two histories" in box.errors
     (alarm,) = pinaivu_json("receipts", "evidence", home=box.home)
     assert (alarm["kind"], alarm["node_id"]) == ("fork", KNOWN.node_id)
+    assert [each["state"] for each in doctor_on_logs(box)] == ["failed"]
     document = pinaivu("receipts", "evidence", alarm["id"][:8], home=box.home).stdout
     file = tmp_path / "fork.json"
     file.write_text(document)
@@ -132,7 +138,7 @@ def test_evidence_is_listed_printed_and_dismissed(
     assert verified.stdout.count(" ok ") == 4
     pinaivu("receipts", "evidence", alarm["id"], "--dismiss", home=box.home)
     (alarm,) = pinaivu_json("receipts", "evidence", home=box.home)
-    assert alarm["dismissed"]
+    assert alarm["dismissed"] and doctor_on_logs(box) == []
     for wrong in (["00"], ["abcdef00"], ["--dismiss"], [str(tmp_path / "none")]):
         refused = pinaivu("receipts", "evidence", *wrong, home=box.home, check=False)
         assert refused.returncode in (1, 2) and refused.stderr.count("\n") == 1

@@ -19,6 +19,7 @@ from pinaivu_box.errors import WrongPeer
 from pinaivu_box.legs.client import REFUSED
 from pinaivu_box.network.peer import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
+from pinaivu_box.store.witnessed import LOUD
 from pinaivu_box.transport.transport import is_relay
 
 _UDP_SECONDS = 2.0
@@ -139,7 +140,7 @@ def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
 
 def _log(peer: PeerView) -> Iterator[Check]:
     for alarm in peer.log_alarms:
-        loud = alarm.kind in ("fork", "no-statement")
+        loud = alarm.kind in LOUD
         todo = f"'pinaivu receipts evidence {alarm.id}' shows it"
         yield Check("log", "failed" if loud else "warning", alarm.detail.rstrip("."), todo)
 

@@ -52,6 +52,11 @@ _KEEP = f"""INSERT INTO witnessed ({_WITNESSED}) VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (origin) DO UPDATE SET size = excluded.size, root = excluded.root,
         note = excluded.note, cosigned_at = excluded.cosigned_at, restart = excluded.restart
     WHERE witnessed.size = ? AND witnessed.root = ?"""
+COUNTING = (
+    "SELECT id, kind, detail FROM log_alarms WHERE origin NOT IN"
+    " (SELECT origin FROM log_alarms WHERE dismissed) ORDER BY found_at, id"
+)
+LOUD: tuple[AlarmKind, ...] = ("fork", "no-statement")  # kinds that accuse
 MAX_ALARMS_PER_LOG = 4  # of a kind: the first say it
 _ADD = f"""INSERT OR IGNORE INTO log_alarms ({_ALARM}) SELECT ?, ?, ?, ?, ?, ?, ?, ?
     WHERE (SELECT count(*) FROM log_alarms WHERE origin = ? AND kind = ?) < ?"""

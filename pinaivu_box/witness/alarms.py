@@ -17,7 +17,6 @@ from pinaivu_box.store.witnessed import Alarm, AlarmKind
 
 log = logging.getLogger("pinaivu.witness")
 
-_LOUD = ("fork", "no-statement")
 FORKED = "has signed two histories of its log"
 
 
@@ -78,7 +77,7 @@ class Alarms:
             return
         self.all[key] = alarm
         self.forks_found += kind == "fork"
-        level = logging.ERROR if kind in _LOUD else logging.WARNING
+        level = logging.ERROR if kind in witnessed.LOUD else logging.WARNING
         fields = {"node_id": node_id, "origin": origin, "evidence": key}
         log.log(level, "the log of another box: %s", detail, extra={"fields": fields})
         self.changed(alarm)

@@ -19,15 +19,20 @@ from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_job
+from pinaivu_box.log import evidence
 from pinaivu_box.membership import joining, records, tickets
 from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import Proof, canonical
 from pinaivu_box.transport import link, wire
+from pinaivu_box.witness import rules
+from pinaivu_box.witness import wire as log_wire
+from pinaivu_box.witness.rules import Rejected
 from tests.support import ledger_entries
 from tests.support.keys import IDENTITIES
 from tests.support.records import advert as made_advert
 from tests.support.records import certificate, gone, revocation
+from tests.support.written_log import WrittenLog
 
 FEW = 1000  # mutations of each frame
 SEED = 20261125
@@ -80,6 +85,16 @@ def proof(data: bytes) -> Any:
     return canonical(msgspec.json.decode(data, type=Proof))
 
 
+def signed_note(data: bytes) -> Any:
+    """A checkpoint as it is submitted to a witness."""
+    try:
+        return rules.head_of(rules.read_submission(data.decode()).note)
+    except (Rejected, UnicodeDecodeError) as error:
+        raise ProtocolError(str(error)) from None
+
+
+WRITTEN = WrittenLog(IDENTITIES[0].signing_key).grow(8)
+FORK = evidence.Fork((WRITTEN.note(3), WRITTEN.note(8)), ("A" * 43 + "=",))
 OUT = leg_wire.Out(
     "a", [97], "stop", 1.0, 2, 0, [TokenLogprob(b"a", -1.0, [(b"b", -2.0)])], "x", [b""]
 )
@@ -141,6 +156,25 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
             file_wire.PieceData(b"a"),
         ],
     ),
+    "log questions": (
+        decoded(log_wire.questions),
+        [
+            log_wire.Submit(1, (bytes(32),), "a\n", b"{}"),
+            log_wire.AskConsistency("a", 1, 2), log_wire.AskKnown(IDENTITIES[0].node_id),
+            log_wire.Compare(("a\n",), ("ab",)), log_wire.GiveEvidence((b"{}",)),
+        ],
+    ),
+    "log answers": (
+        decoded(log_wire.answers),
+        [
+            log_wire.Cosigned("a\n"), log_wire.Conflict(1, "a\n"),
+            log_wire.Declined(404, "no", b"{}"), log_wire.Consistency(bytes(32), (bytes(32),)),
+            log_wire.Known(("a\n",)), log_wire.Compared(("a\n",), (b"{}",), ("ab",)),
+            log_wire.Thanks(),
+        ],
+    ),
+    "notes": (signed_note, [log.submission(3).encode() for log in (WRITTEN,)]),
+    "evidence": (lambda data: evidence.verify(data), [FORK.document]),
     "proofs": (proof, [ENTRY.proof]),
 }  # fmt: skip
 HEADS = b"\xc0\xc1\xc2\xc6\xca\xcb\xcf\xd3\xd9\xdb\xdc\xdd\xdf\xff"

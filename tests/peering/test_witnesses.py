@@ -20,6 +20,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, entry_proof, evidence, note
 from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
 from pinaivu_box.store import log as store
+from pinaivu_box.store import witnessed
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
 from pinaivu_box.witness import wire as log_wire
@@ -28,7 +29,7 @@ from pinaivu_box.witness.questions import Questions
 from pinaivu_box.witness.wire import Answer, Question
 from tests.support.fake_model import FAKE
 from tests.support.fake_peer import FakePeer
-from tests.support.in_process_box import InProcessBox, in_process_box
+from tests.support.in_process_box import InProcessBox, count_offers, in_process_box
 from tests.support.in_process_command import run_command
 from tests.support.keys import known_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -164,7 +165,7 @@ async def test_three_boxes_cosign_each_other(tmp_path: Path) -> None:
                 key = bytes.fromhex(line.split(" ")[1].removeprefix("pinaivu/witness/node_"))
                 cosignature_time(line, key, proof.note.text)
             assert not box.box.witnessing.alarms.all
-        # And the receipt has them with itself.
+        # And the receipt has them with itself, as any verifier finds.
         anna = made[0]
         receipt = await anna.http("GET", f"/v1/receipts/{answers[anna.node_id]['request_id']}")
         for other in made[1:]:
@@ -329,6 +330,31 @@ def _verified_by_others(folder: Path, alarm: Any) -> None:
     file.write_text(text.replace('"checkpoints"', '"checkpoint"'))
     refused = run_command("receipts", "evidence", str(file), home=folder / "nowhere", check=False)
     assert refused.returncode == 1 and "1. FAILED form: " in refused.stdout
+
+
+async def test_a_box_that_forked_its_log_is_asked_for_nothing(tmp_path: Path) -> None:
+    """Until the operator says that it no longer counts."""
+    async with with_liar(tmp_path, "anna") as ((anna,), liar):
+        key = liar.identity.signing_key
+        liar.offers("ab" * 32)
+        await wait_until(lambda: count_offers(anna) == 1)
+        await liar.submit(anna.node_id, WrittenLog(key, seed="one").grow(4), 0)
+        await liar.submit(anna.node_id, WrittenLog(key, seed="two").grow(4), 4)
+        (alarm,) = await alarms(anna, "fork")
+        asked = list[str]()
+
+        async def serve(peer: str, stream: Stream) -> None:
+            asked.append(peer)
+            stream.abandon()
+
+        liar.handler = serve
+        refused = await anna.chat()
+        assert refused.status_code == 503 and not asked
+        assert "two histories" in refused.text
+        await witnessed.dismiss(anna.box.database, alarm.origin)
+        await anna.box.witnessing.alarms.open()
+        await anna.chat()
+        assert asked
 
 
 async def test_members_that_were_shown_two_histories_find_out(tmp_path: Path) -> None:
