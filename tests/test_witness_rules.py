@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,23 @@ async def test_a_state_that_was_not_judged_is_not_replaced(world: World) -> None
     assert (await world.refused(log.submission(4, 6))).status == 409
     (kept,) = await witnessed.load(world.database)
     assert kept.size == 9
+
+
+async def test_without_a_disk_nothing_is_cosigned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = written(4)
+    await world.add(log.submission(0))
+
+    async def fails(*_: object) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(witnessed, "keep", fails)
+        with pytest.raises(sqlite3.OperationalError):
+            await world.add(log.grow(9).submission(4))
+    assert world.witness.last[log.origin].size == 4
+    await world.add(log.submission(4))
 
 
 async def test_logs_of_others_may_have_lines_of_their_own(tmp_path: Path) -> None:

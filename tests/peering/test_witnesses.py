@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -383,6 +384,22 @@ async def compare(box: InProcessBox, liar: LogPeer) -> None:
     await witnessing._compare(witnessing._questions, witnessing.comparison, others)
 
 
+async def test_two_histories_are_found_out_where_nobody_cosigned(tmp_path: Path) -> None:
+    """In a large network most members witness others' logs."""
+    async with with_liar(tmp_path, "anna") as ((anna,), liar):
+        key = liar.identity.signing_key
+        one, two = (WrittenLog(key, seed=seed).grow(6) for seed in ("one", "two"))
+        for text in (one.note(5), one.note(), one.note(), two.note(3), one.note(2)):
+            compared = await liar.ask(anna.node_id, log_wire.Compare((text,)))
+        assert compared.notes == (one.note(),)  # the newest that it has seen
+        assert not anna.box.witnessing.alarms.all
+        await liar.ask(anna.node_id, log_wire.Compare((two.note(),)))
+        (alarm,) = await alarms(anna, "fork")
+        assert alarm.node_id == liar.identity.node_id
+        known = await liar.ask(anna.node_id, log_wire.AskKnown(liar.identity.node_id))
+        assert known.notes == (one.note(),)
+
+
 async def test_evidence_spreads_to_members_that_saw_nothing(tmp_path: Path) -> None:
     async with with_liar(tmp_path, "anna", "ben") as ((anna, ben), liar):
         key = liar.identity.signing_key
@@ -501,6 +518,35 @@ async def test_a_database_that_was_set_back_is_a_restart_and_no_fork(tmp_path: P
             assert not ben.box.witnessing.alarms.forked(anna_id)
             stated = msgspec.json.decode(known.logs_of(anna_id)[-1].restart)
             assert "\\n5\\n" in stated["signed"] and origin in stated["signed"]
+
+
+async def test_a_disk_that_was_lost_is_a_restart_and_no_fork(tmp_path: Path) -> None:
+    """Nothing is left but the key: members say what the box has signed."""
+    net, home = MemoryNetwork(), tmp_path / "anna"
+    async with in_process_box(net, tmp_path / "ben", (FAKE,)) as ben:
+        async with in_process_box(net, home, (FAKE,)) as anna:
+            await soon(anna.network.join(await ben.network.invite()))
+            await all_connected(anna, ben)
+            await write_receipts(anna, 4)
+            await anna.box.witnessing.round()
+            await settled(anna, 4)
+            before = await anna.box.receipt_log.checkpoint()
+        key = (home / "identity.key").read_text()
+        shutil.rmtree(home)
+        home.mkdir(mode=0o700)
+        (home / "identity.key").write_text(key)
+        (home / "identity.key").chmod(0o600)
+        async with in_process_box(net, home, (FAKE,)) as anna:
+            await soon(anna.network.join(await ben.network.invite()))
+            await all_connected(anna, ben)
+            assert anna.box.receipt_log.origin != signed_origin(before)
+            await write_receipts(anna, 2)
+            await anna.box.witnessing.round()
+            await settled(anna, 2)
+            assert ben.box.witnessing.alarms.all == {}
+            last = ben.box.witnessing.witness.logs_of(anna.node_id)
+            assert [one.size for one in last] == [4, 2]
+            assert signed_origin(before).encode() in last[-1].restart
 
 
 async def test_a_database_that_was_truncated_and_regrown_is_caught(tmp_path: Path) -> None:
