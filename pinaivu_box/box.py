@@ -55,6 +55,7 @@ from pinaivu_box.models.model_scan import ModelScan
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.probe import Prober
 from pinaivu_box.network.network import Network
+from pinaivu_box.receipt_log.metrics import LogMetrics
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.registry.pulls import Pulls
 from pinaivu_box.routing import reputation
@@ -489,6 +490,7 @@ def _join(
     receipt_log = ReceiptLog(identity, database, home)
     witnessing = Witnessing(identity, database, receipt_log, lambda: live.config.witness)
     metrics.registry.register(ForkMetrics(witnessing.alarms))
+    metrics.registry.register(LogMetrics(receipt_log))
     placement.engine_died = incidents.engine_died
     metrics.registry.register(IncidentMetrics(incidents))
     boxes = without_peers(identity.node_id, live, placement, local, load, upstreams)

@@ -42,6 +42,7 @@ NAMES = [
     "TLS",
     "identity",
     "database",
+    "log",
     "models",
     "memory",
     "engine",

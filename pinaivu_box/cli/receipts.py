@@ -51,7 +51,10 @@ def show(call: Call, request_id: str) -> None:
 
 @receipts.command()
 @standard_options()
-@click.argument("file_or_id", metavar="FILE|ID")
+@click.argument("file_or_id", metavar="FILE|ID", required=False)
+@click.option(
+    "--all", "all_of_them", is_flag=True, help="Verify all receipts in HOME, and the log of them."
+)
 @click.option(
     "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
 )
@@ -90,7 +93,8 @@ def show(call: Call, request_id: str) -> None:
 @key_file_option
 def verify(
     call: Call,
-    file_or_id: str,
+    file_or_id: str | None,
+    all_of_them: bool,
     node_key: str | None,
     witnesses: tuple[str, ...],
     quorum: int | None,
@@ -105,6 +109,13 @@ def verify(
     FILE is the answer of GET /v1/receipts/{request_id} ('-': standard input); ID is a request id,
     whose receipt is read from the database in HOME.  Exits with 1 if a check fails.
     """
+    if all_of_them:
+        from pinaivu_box.cli.receipts_all import verify_all
+
+        verify_all(call)
+        return
+    if file_or_id is None:
+        raise UsageError("Name a file or a request id, or pass --all.")
     from pinaivu_box.receipts.verify import Transcript, verify_receipt
     from pinaivu_box.receipts.verify_transcript import usual_stop
 

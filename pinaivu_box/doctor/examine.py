@@ -8,7 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from pinaivu_box.config import Config
-from pinaivu_box.doctor import graphics, machine, models, network, other_logs, relay, upstreams
+from pinaivu_box.doctor import (
+    graphics,
+    machine,
+    models,
+    network,
+    other_logs,
+    receipt_log,
+    relay,
+    upstreams,
+)
 from pinaivu_box.doctor import home as homes
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
@@ -41,6 +50,7 @@ def examine(
         ("sign-on", partial(network.sign_on, config)),
         ("identity", partial(homes.identity, home)),
         ("database", partial(homes.database, home)),
+        ("log", partial(receipt_log.whole, home)),
         ("others' logs", partial(other_logs.examine, home)),
         ("models", partial(models.files, config, home)),
         ("memory", partial(models.room, config, home)),

@@ -55,6 +55,7 @@ class Histories:
         self._database = database
         self._home = home
         self.all: list[Log] = []
+        self.findings: list[str] = []  # reasons why a log could not go on, since the start
 
     @property
     def current(self) -> Log:
@@ -94,6 +95,8 @@ class Histories:
         )
         await self.read()
         fields = {"origin": origin, "reason": reason or ""}
+        if reason is not None and reason not in (RESTORED, LOST):
+            self.findings.append(reason)
         level = logging.WARNING if reason else logging.INFO
         log.log(level, "a log of receipts begins", extra={"fields": fields})
         await self._adopt()

@@ -23,7 +23,7 @@ from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.removal import Removal
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import TilePath
-from pinaivu_box.receipt_log import histories, last_shown, proofs, tree
+from pinaivu_box.receipt_log import examine, histories, last_shown, proofs, tree
 from pinaivu_box.receipt_log.histories import Histories, Known
 from pinaivu_box.store import log as store
 from pinaivu_box.store.database import Database, SqlStatement
@@ -46,7 +46,9 @@ class ReceiptLog:
         self._database = database
         self._home = home
         self.histories = Histories(identity, database, home)
+        self.findings: list[str] = []  # at the start: clauses that say what was changed
         self.listeners: list[Callable[[Note], None]] = []
+        self.covered = 0  # entries, by the checkpoint that was made last
         self._made_at = -_MIN_SECONDS
         self._lock = asyncio.Lock()  # held while a checkpoint is made, or another log begins
 
@@ -62,6 +64,11 @@ class ReceiptLog:
         """Go on with the log, or begin another if that may not be.  Raises OSError,
         sqlite3.Error."""
         await self.histories.open()
+        path, node_id = self._database.path, self._identity.node_id
+        found = await asyncio.to_thread(examine.tail, path, node_id)
+        self.findings = [finding.message for finding in found]
+        for message in self.findings:
+            log.error("the database was changed behind the box's back: %s", message)
 
     async def keep(self) -> None:
         """Until cancelled: cover entries by checkpoints."""
@@ -222,7 +229,7 @@ class ReceiptLog:
         signed = checkpoint.sign(self._identity, Checkpoint(of.origin, size, root))
         await self._database.write(*store.put_checkpoint(of, size, now_ms(), str(signed)))
         await asyncio.to_thread(last_shown.write, self._home, signed)
-        self._made_at = time.monotonic()
+        self.covered, self._made_at = size, time.monotonic()
         for listener in self.listeners:
             listener(signed)
         return StoredCheckpoint(size, str(signed))

@@ -1,0 +1,57 @@
+"""`pinaivu receipts verify --all`: every receipt of a home, and its log."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import msgspec
+from msgspec import Struct
+
+from pinaivu_box.cli.call import Call
+from pinaivu_box.doctor import receipt_log
+from pinaivu_box.errors import CliError
+from pinaivu_box.receipt_log.examine import Check, Finding, StoredReceipt
+from pinaivu_box.receipts.receipt import view
+from pinaivu_box.receipts.verify import verify_receipt
+
+
+class Verified(Struct, frozen=True):
+    """`findings`: what is wrong, as clauses."""
+
+    receipts: int
+    entries: int
+    findings: list[Finding]
+
+
+def verify_all(call: Call) -> None:
+    """Print what is wrong; exits with 1 if anything is."""
+    examination = receipt_log.examined(call.home, _check)
+    if examination is None:
+        raise CliError(f"There is no log of receipts in {call.home}: the next start begins it.")
+    found = Verified(examination.receipts, examination.entries, examination.findings)
+    call.print(found, _print)
+    if found.findings:
+        sys.exit(1)
+
+
+def _print(found: Verified) -> None:
+    for finding in found.findings:
+        click.echo(f"FAILED {finding.kind}: {finding.message}")
+    counts = f"{found.receipts:,} receipts, {found.entries:,} entries of the log"
+    if not found.findings:
+        click.echo(f"ok     {counts}: all as they were signed, and none is missing")
+    else:
+        click.echo(f"       {counts} were looked at")
+
+
+def _check(node_id: str) -> Check:
+    def check(receipt: StoredReceipt) -> str | None:
+        shown = view(receipt.signed, receipt.signature, None)
+        if shown.request_id != receipt.request_id:
+            return f"is that of {shown.request_id}"
+        checks = verify_receipt(msgspec.json.encode(shown), node_key=node_id)
+        failed = next((each for each in checks if not each.ok), None)
+        return f"fails a check ({failed.name}): {failed.meaning}" if failed is not None else None
+
+    return check

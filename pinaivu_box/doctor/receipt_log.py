@@ -1,0 +1,60 @@
+"""Checks that what the box has signed is still there: receipts, entries of the log, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from pinaivu_box import identity as identities
+from pinaivu_box.doctor.check import Check
+from pinaivu_box.log.restart import Restart
+from pinaivu_box.receipt_log import examine, histories, last_shown
+from pinaivu_box.receipt_log.examine import Examination
+from pinaivu_box.store import integrity
+
+_NAME = "log"
+_CHANGED = "somebody else than the box has written to the database: find out who, and keep a copy"
+
+
+def whole(home: Path) -> Iterator[Check]:
+    if (examination := examined(home)) is None:
+        yield Check(_NAME, "ok", "none yet: the next start begins it")
+        return
+    for finding in examination.findings:
+        yield Check(_NAME, "failed", finding.message, _CHANGED)
+    if (reason := restarted(examination)) is not None:
+        found = f"the log of receipts had to begin again: {reason.removesuffix('.')}"
+        yield Check(_NAME, "warning", found, "GET /v1/log shows what was signed about it")
+    if not examination.findings:
+        counts = f"{examination.entries:,} entries, {examination.receipts:,} receipts"
+        yield Check(_NAME, "ok", f"{counts}, all as they were signed")
+
+
+def examined(
+    home: Path, check: Callable[[str], examine.Check] = examine.signature_check
+) -> Examination | None:
+    """Everything, each receipt by the check for the box with that node id; None if there is no log
+    yet.  Raises sqlite3.Error."""
+    path = home / "pinaivu.db"
+    if not path.exists() or not (home / "identity.key").exists():
+        return None
+    node_id = identities.load_or_create(home / "identity.key").node_id
+    shown = last_shown.read(home, node_id)  # before the database, which goes on
+    with integrity.reading(path) as connection:
+        if connection.execute("PRAGMA user_version").fetchone()[0] < 7:
+            return None
+        examination = examine.everything(connection, node_id, check(node_id))
+    if not examination.logs:
+        return None
+    examination.compare_shown(shown[0] if shown is not None else None)
+    return examination
+
+
+def restarted(examination: Examination) -> str | None:
+    """Why the log has begun again, if that should not have been."""
+    said = [log.restart for log in examination.logs if log.restart is not None]
+    reasons = [msgspec.json.decode(each, type=Restart).reason for each in said]
+    odd = [each for each in reasons if each not in (histories.RESTORED, histories.LOST)]
+    return odd[-1] if odd else None
