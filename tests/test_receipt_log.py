@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import sqlite3
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,20 +57,6 @@ def proven(box: Box, request_id: str) -> entry_proof.EntryProof:
     proof = entry_proof.read(receipt["inclusion"])
     assert proof.includes(entry_of(receipt["signed_receipt"].encode()), read(str(proof.note)))
     return proof
-
-
-@contextlib.contextmanager
-def edited(home: Path) -> Iterator[sqlite3.Connection]:
-    """The database behind the box's back, without the triggers that forbid it."""
-    with contextlib.closing(sqlite3.connect(home / "pinaivu.db")) as connection, connection:
-        triggers = connection.execute(
-            "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND name LIKE 'log_%'"
-        ).fetchall()
-        for name, _ in triggers:
-            connection.execute(f"DROP TRIGGER {name}")
-        yield connection
-        for _, sql in triggers:
-            connection.execute(sql)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 
 import click
@@ -26,7 +27,10 @@ class Verified(Struct, frozen=True):
 
 def verify_all(call: Call) -> None:
     """Print what is wrong; exits with 1 if anything is."""
-    examination = receipt_log.examined(call.home, _check)
+    try:
+        examination = receipt_log.examined(call.home, _check)
+    except sqlite3.Error as error:
+        raise CliError(f"The database of {call.home} cannot be read: {error}.") from error
     if examination is None:
         raise CliError(f"There is no log of receipts in {call.home}: the next start begins it.")
     found = Verified(examination.receipts, examination.entries, examination.findings)

@@ -45,11 +45,9 @@ def examined(
     with integrity.reading(path) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] < 7:
             return None
-        examination = examine.everything(connection, node_id, check(node_id))
-    if not examination.logs:
-        return None
-    examination.compare_shown(shown[0] if shown is not None else None)
-    return examination
+        said = shown[0] if shown is not None else None
+        examination = examine.everything(connection, node_id, check(node_id), said)
+    return examination if examination.logs else None
 
 
 def restarted(examination: Examination) -> str | None:

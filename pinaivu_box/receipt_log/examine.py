@@ -17,12 +17,13 @@ import msgspec
 from msgspec import Struct
 
 from pinaivu_box import identity as identities
-from pinaivu_box.log import checkpoint, merkle, note, removal, tiles
+from pinaivu_box.log import checkpoint, merkle, note, removal, restart, tiles
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.entry_proof import entry_of
 from pinaivu_box.log.merkle import HASH_BYTES
 from pinaivu_box.log.note import NoteError
 from pinaivu_box.log.removal import Range
+from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.receipts.receipt import RECEIPT_DOMAIN
 from pinaivu_box.store import integrity
 from pinaivu_box.store import log as store
@@ -82,16 +83,26 @@ def tail(path: Path, node_id: str) -> list[Finding]:
         return examination.findings
 
 
-def everything(connection: sqlite3.Connection, node_id: str, check: Check) -> Examination:
-    """What is wrong with the logs and all receipts, each of which `check` looks at."""
+def everything(
+    connection: sqlite3.Connection, node_id: str, check: Check, shown: Checkpoint | None
+) -> Examination:
+    """What is wrong with the logs and all receipts, each of which `check` looks at; `shown` is the
+    last checkpoint that the box has shown.  Raises sqlite3.Error."""
     connection.execute("BEGIN")
-    examination = Examination(connection, node_id, check)
+    examination = Examination(connection, node_id, check, shown)
     examination.everything()
     return examination
 
 
 class Examination:
-    def __init__(self, connection: sqlite3.Connection, node_id: str, check: Check) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        node_id: str,
+        check: Check,
+        shown: Checkpoint | None = None,
+    ) -> None:
+        self._shown = shown
         self._connection = connection
         self._node_id = node_id
         self._check = check
@@ -123,20 +134,19 @@ class Examination:
     def everything(self) -> None:
         ended = -(2**63)
         for log in self.logs:
+            if log is not self.logs[0] and not self._is_begun(log):
+                self.note("forged", "is not signed by this box", "the beginning of a log")
             self._examine(log)
             self._note_inserted(_BETWEEN_LOGS, ended, log.first_entry)
             ended = self._end(log)
         self._note_inserted(_BETWEEN_LOGS, ended, 2**63 - 1)
+        if self._shown is not None:
+            self._compare_origin(self._shown)
         self._look_for_inserted()
 
-    def compare_shown(self, shown: Checkpoint | None) -> None:
-        """With the last checkpoint that the box has shown; of sizes that no checkpoint in the
-        database has, only the number of entries is compared."""
-        log = self.logs[-1]
-        if shown is None or checkpoint.epoch_of(shown.origin) < checkpoint.epoch_of(log.origin):
-            return
-        entries = self._end(log) - log.first_entry
-        if shown.origin != log.origin or shown.size > entries:
+    def _compare_origin(self, shown: Checkpoint) -> None:
+        epochs = [checkpoint.epoch_of(log.origin) for log in self.logs]
+        if checkpoint.epoch_of(shown.origin) > max(epochs, default=0):
             what = f"is older than the checkpoint of {shown.size} entries that the box has shown"
             self.note("rewritten", what, "the log")
 
@@ -159,6 +169,16 @@ class Examination:
             has_receipt = request_id is not None
             receipt = StoredReceipt(request_id, signed, signature) if has_receipt else None
             yield entry, digest, receipt
+
+    def _is_begun(self, log: Log) -> bool:
+        """Whether the box has signed why the log begins."""
+        if log.restart is None or log.signature is None:
+            return False
+        try:
+            said = restart.read(SignedRestart(log.restart.decode(), log.signature.hex()))
+        except (NoteError, UnicodeDecodeError):
+            return False
+        return said.origin == log.origin and said.node_id == self._node_id
 
     def _examine(self, log: Log) -> None:
         removed, growth = self._removed(log), _Growth(self, log)
@@ -211,7 +231,7 @@ class Examination:
 
     def checkpoints(self, log: Log) -> list[Checkpoint]:
         """Those that the box has signed, by their sizes."""
-        found = []
+        found = [self._shown] if self._shown and self._shown.origin == log.origin else []
         for size, text in self._connection.execute(
             "SELECT size, note FROM log_checkpoints WHERE log = ? ORDER BY size", (log.id,)
         ):
@@ -222,7 +242,7 @@ class Examination:
                 self.note(
                     "forged", "is not signed by this box", f"the checkpoint of {size} entries"
                 )
-        return found
+        return sorted(set(found), key=lambda said: said.size)
 
     def tile(self, log: Log, level: int, number: int) -> bytes:
         row = self._connection.execute(store.TILE, (log.id, level, number)).fetchone()
@@ -260,8 +280,8 @@ class _Growth:
         self._compare()
 
     def end(self) -> None:
-        if not self._whole:
-            return
+        if not self._whole or self._log.size is not None:
+            return  # why it has ended is said where the next one begins
         for said in reversed(self._checkpoints):
             what = f"has {self.size} entries, and its checkpoint {said.size}"
             self._examination.note("rewritten", what, "the log")
