@@ -28,7 +28,7 @@ class Verified(Struct, frozen=True):
 def verify_all(call: Call) -> None:
     """Print what is wrong; exits with 1 if anything is."""
     try:
-        examination = receipt_log.examined(call.home, _check)
+        examination = receipt_log.examined(call.home, full_check)
     except sqlite3.Error as error:
         raise CliError(f"The database of {call.home} cannot be read: {error}.") from error
     if examination is None:
@@ -49,7 +49,9 @@ def _print(found: Verified) -> None:
         click.echo(f"       {counts} were looked at")
 
 
-def _check(node_id: str) -> Check:
+def full_check(node_id: str) -> Check:
+    """All that can be checked of a receipt alone; the whole log is examined beside it."""
+
     def check(receipt: StoredReceipt) -> str | None:
         shown = view(receipt.signed, receipt.signature, None)
         if shown.request_id != receipt.request_id:

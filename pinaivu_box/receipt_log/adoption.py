@@ -31,10 +31,10 @@ def adopt(path: Path, node_id: str) -> int:
     ) as connection:
         connection.execute("PRAGMA synchronous = FULL")
         last = (-(2**63), 0)
-        while rows := _batch(connection, node_id, last):
-            count += len(rows)
-            last = (rows[-1][1], rows[-1][0])
-            if count % (100 * _BATCH) == 0:
+        while batch := _batch(connection, node_id, last):
+            last, adopted = batch
+            count += adopted
+            if adopted and count % (100 * _BATCH) == 0:
                 log.info("%d receipts have got entries in the log", count)
         connection.execute(*store.done(store.ADOPT))
     return count
@@ -42,17 +42,20 @@ def adopt(path: Path, node_id: str) -> int:
 
 def _batch(
     connection: sqlite3.Connection, node_id: str, last: tuple[int, int]
-) -> list[tuple[int, int, bytes, bytes]]:
+) -> tuple[tuple[int, int], int] | None:
+    """The place of its last receipt, and how many have got an entry; None after the last one."""
+    count = 0
     connection.execute("BEGIN IMMEDIATE")
     try:
         rows = connection.execute(_NEXT, (*last, _BATCH)).fetchall()
         for rowid, _, signed, signature in rows:
             if not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
                 continue  # whoever examines the log says so
+            count += 1
             entry = connection.execute(*store.append(signed)).lastrowid
             connection.execute("UPDATE receipts SET log_entry = ? WHERE rowid = ?", (entry, rowid))
         connection.execute("COMMIT")
     except BaseException:
         connection.execute("ROLLBACK")
         raise
-    return rows
+    return ((rows[-1][1], rows[-1][0]), count) if rows else None

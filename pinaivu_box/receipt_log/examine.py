@@ -246,7 +246,7 @@ class Examination:
 
     def tile(self, log: Log, level: int, number: int) -> bytes:
         row = self._connection.execute(store.TILE, (log.id, level, number)).fetchone()
-        return bytes(row[0]) if row else b""
+        return bytes(row[2]) if row else b""
 
 
 class _Growth:

@@ -55,6 +55,7 @@ class Histories:
         self._database = database
         self._home = home
         self.all: list[Log] = []
+        self.adopted = 0  # receipts, since the start
         self.findings: list[str] = []  # reasons why a log could not go on, since the start
 
     @property
@@ -205,6 +206,7 @@ class Histories:
 
     async def _adopt(self) -> None:
         count = await asyncio.to_thread(adoption.adopt, self._database.path, self._identity.node_id)
+        self.adopted += count
         if count:
             log.info("receipts have got entries in the log", extra={"fields": {"receipts": count}})
 

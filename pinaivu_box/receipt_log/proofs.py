@@ -12,7 +12,7 @@ from pinaivu_box.log.tiles import TilePath
 from pinaivu_box.receipt_log import tree
 from pinaivu_box.store import log as store
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.log import Log, LogDamaged, StoredCheckpoint
+from pinaivu_box.store.log import Log, LogDamaged
 
 
 async def of_receipt(database: Database, logs: Sequence[Log], request_id: str) -> EntryProof | None:
@@ -27,7 +27,7 @@ async def of_receipt(database: Database, logs: Sequence[Log], request_id: str) -
     if (log := history_of(logs, receipt.entry)) is None:
         return None
     index = receipt.entry - log.first_entry
-    if (stored := await _covering(database, log, index)) is None:
+    if (stored := await store.checkpoint_over(database, log, index)) is None:
         return None
     ranges = merkle.inclusion_ranges(index, stored.size)
     proof = EntryProof(index, await _hashes(database, log, ranges), note.read(stored.note))
@@ -73,13 +73,9 @@ async def tile(database: Database, log: Log, path: TilePath) -> bytes | None:
         return None
     if not path.entries:
         return await tree.tile(database, log, wanted.level, wanted.index, wanted.width)
-    entries = await store.entries(database, log, wanted.first, wanted.width)
+    bounds = (wanted.first, wanted.first + wanted.width)
+    (entries,) = await store.entries(database, log, [bounds])
     return b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
-
-
-async def _covering(database: Database, log: Log, index: int) -> StoredCheckpoint | None:
-    cosigned = await store.checkpoint_over(database, log, index, cosigned=True)
-    return cosigned or await store.checkpoint_over(database, log, index, cosigned=False)
 
 
 async def _hashes(database: Database, log: Log, ranges: list[tuple[int, int]]) -> tuple[bytes, ...]:

@@ -64,6 +64,8 @@ class ReceiptLog:
         """Go on with the log, or begin another if that may not be.  Raises OSError,
         sqlite3.Error."""
         await self.histories.open()
+        if self.histories.adopted:
+            await self._newest()  # of these, each was looked at just now
         path, node_id = self._database.path, self._identity.node_id
         found = await asyncio.to_thread(examine.tail, path, node_id)
         self.findings = [finding.message for finding in found]

@@ -25,19 +25,32 @@ async def hashes(database: Database, log: Log, ranges: Iterable[tuple[int, int]]
         width = 1 << (subtree.level - level * tiles.HEIGHT)
         end = (subtree.index + 1) * width - number * WIDTH
         counts[place] = max(counts.get(place, 0), end)
-    found = {place: await tile(database, log, *place, count) for place, count in counts.items()}
+    found = await _tiles(database, log, counts)
     return {subtree: tiles.subtree_hash(subtree, found) for subtree in subtrees}
 
 
 async def tile(database: Database, log: Log, level: int, number: int, width: int) -> bytes:
     """The first `width` hashes of a tile.  Raises LogDamaged if they are not there."""
-    if level == 0:
-        entries = await store.entries(database, log, number * WIDTH, width)
-        return b"".join(map(merkle.leaf_hash, entries))
-    data = await store.tile(database, log, level, number)
-    if len(data) < width * HASH_BYTES:
-        raise LogDamaged(f"hashes of level {level} are missing")
-    return data[: width * HASH_BYTES]
+    return (await _tiles(database, log, {(level, number): width}))[level, number]
+
+
+async def _tiles(
+    database: Database, log: Log, widths: Mapping[tuple[int, int], int]
+) -> dict[tuple[int, int], bytes]:
+    """So many of the first hashes of each tile, by level and number."""
+    leaves = [(number, width) for (level, number), width in widths.items() if level == 0]
+    ranges = [(number * WIDTH, number * WIDTH + width) for number, width in leaves]
+    found = {}
+    for (number, _), entries in zip(
+        leaves, await store.entries(database, log, ranges), strict=True
+    ):
+        found[0, number] = b"".join(map(merkle.leaf_hash, entries))
+    stored = [place for place in widths if place[0]]
+    found |= await store.stored_tiles(database, log, stored)
+    for place in stored:
+        if len(found.get(place, b"")) < widths[place] * HASH_BYTES:
+            raise LogDamaged(f"hashes of level {place[0]} are missing")
+    return {place: found[place][: width * HASH_BYTES] for place, width in widths.items()}
 
 
 async def extend(database: Database, log: Log, size: int) -> None:
@@ -54,7 +67,8 @@ async def extend(database: Database, log: Log, size: int) -> None:
 
 
 async def _extended(database: Database, log: Log, level: int, number: int, width: int) -> bytes:
-    data = await store.tile(database, log, level, number)
+    stored = await store.stored_tiles(database, log, [(level, number)])
+    data = stored.get((level, number), b"")
     for position in range(len(data) // HASH_BYTES, width):
         child = await tile(database, log, level - 1, number * WIDTH + position, WIDTH)
         data += await asyncio.to_thread(_root, child)

@@ -23,19 +23,18 @@ ENDS = (
     "SELECT (SELECT seq FROM sqlite_sequence WHERE name = 'log_entries') AS given,"
     " (SELECT max(id) FROM log_entries) AS there"
 )
-ENTRIES = "SELECT id, hash FROM log_entries WHERE id >= ? AND id < ? ORDER BY id"
+ENTRIES = "SELECT id, hash FROM log_entries WHERE id >= ? AND id < ?"
 CHECKPOINT = "SELECT size, note FROM log_checkpoints WHERE log = ? ORDER BY size DESC LIMIT 1"
 CHECKPOINT_OVER = (
-    "SELECT size, note FROM log_checkpoints WHERE log = ? AND size > ? ORDER BY size DESC LIMIT 1"
-)
-COSIGNED_OVER = (
-    "SELECT size, note FROM log_checkpoints INDEXED BY log_checkpoints_cosigned"
-    " WHERE log = ? AND size > ? AND cosigned > 0 ORDER BY size DESC LIMIT 1"
+    "SELECT * FROM (SELECT size, note FROM log_checkpoints INDEXED BY log_checkpoints_cosigned"
+    " WHERE log = ? AND size > ? AND cosigned > 0 ORDER BY size DESC LIMIT 1) UNION ALL"
+    " SELECT * FROM (SELECT size, note FROM log_checkpoints"
+    " WHERE log = ? AND size > ? ORDER BY size DESC LIMIT 1) LIMIT 1"
 )
 LAST_REMOVAL = (
     "SELECT id, signed, signature FROM log_removals WHERE log = ? ORDER BY id DESC LIMIT 1"
 )
-TILE = "SELECT hashes FROM log_tiles WHERE log = ? AND level = ? AND number = ?"
+TILE = "SELECT level, number, hashes FROM log_tiles WHERE log = ? AND level = ? AND number = ?"
 LAST_TILE = (
     "SELECT number, length(hashes) FROM log_tiles WHERE log = ? AND level = ?"
     " ORDER BY number DESC LIMIT 1"
@@ -146,13 +145,20 @@ async def size(database: Database, log: Log) -> int:
     return max(0, given + 1 - log.first_entry)
 
 
-async def entries(database: Database, log: Log, first: int, count: int) -> list[bytes]:
-    """Those from the index `first` on.  Raises LogDamaged if one is missing."""
-    begins = log.first_entry + first
-    rows = await database.read(ENTRIES, (begins, begins + count))
-    if [row[0] for row in rows] != list(range(begins, begins + count)):
-        raise LogDamaged(f"entries from {first} to {first + count - 1} are missing")
-    return [row[1] for row in rows]
+async def entries(
+    database: Database, log: Log, ranges: Sequence[tuple[int, int]]
+) -> list[list[bytes]]:
+    """Those of each range of indices, which has an end.  Raises LogDamaged if one is missing."""
+    wanted = [(log.first_entry + first, log.first_entry + end) for first, end in ranges]
+    if not wanted:
+        return []
+    sql = " UNION ALL ".join([ENTRIES] * len(wanted))
+    rows = await database.read(sql, [bound for bounds in wanted for bound in bounds])
+    found = {row[0]: row[1] for row in rows}
+    try:
+        return [[found[entry] for entry in range(*bounds)] for bounds in wanted]
+    except KeyError as error:
+        raise LogDamaged(f"its entry {error.args[0] - log.first_entry} is missing") from None
 
 
 async def receipt(database: Database, request_id: str) -> LoggedReceipt | None:
@@ -162,10 +168,15 @@ async def receipt(database: Database, request_id: str) -> LoggedReceipt | None:
     return LoggedReceipt(*rows[0]) if rows else None
 
 
-async def tile(database: Database, log: Log, level: int, number: int) -> bytes:
-    """Its hashes, none if it is not stored."""
-    rows = await database.read(TILE, (log.id, level, number))
-    return bytes(rows[0][0]) if rows else b""
+async def stored_tiles(
+    database: Database, log: Log, places: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], bytes]:
+    """The hashes of tiles by level and number, none of those that are not stored."""
+    if not places:
+        return {}
+    sql = " UNION ALL ".join([TILE] * len(places))
+    rows = await database.read(sql, [value for place in places for value in (log.id, *place)])
+    return {(level, number): hashes for level, number, hashes in rows}
 
 
 async def stored_hashes(database: Database, log: Log, level: int) -> tuple[int, int]:
@@ -196,12 +207,10 @@ async def checkpoints(database: Database, log: Log) -> list[StoredCheckpoint]:
     return [StoredCheckpoint(*row) for row in rows]
 
 
-async def checkpoint_over(
-    database: Database, log: Log, index: int, *, cosigned: bool
-) -> StoredCheckpoint | None:
-    """The newest that covers the entry with this index; only of those with cosignatures, or of
-    all."""
-    rows = await database.read(COSIGNED_OVER if cosigned else CHECKPOINT_OVER, (log.id, index))
+async def checkpoint_over(database: Database, log: Log, index: int) -> StoredCheckpoint | None:
+    """The newest with cosignatures that covers the entry with this index; else the newest that
+    does."""
+    rows = await database.read(CHECKPOINT_OVER, (log.id, index, log.id, index))
     return StoredCheckpoint(*rows[0]) if rows else None
 
 

@@ -1,0 +1,400 @@
+"""When a log goes on: after kill -9, after retention, with receipts from before there was one.  And
+when another begins: after a restore, and with what a witness has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nacl.signing import SigningKey
+
+from pinaivu_box.config import RetentionConfig
+from pinaivu_box.home import database_of, identity_of
+from pinaivu_box.identity import Identity
+from pinaivu_box.log import checkpoint, entry_proof, note, restart
+from pinaivu_box.log.checkpoint import Checkpoint
+from pinaivu_box.log.entry_proof import EntryProof, entry_of
+from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.log.restart import SignedRestart
+from pinaivu_box.receipt_log.service import ReceiptLog
+from pinaivu_box.store import retention
+from pinaivu_box.store.database import Database
+from tests.support.fake_model import FAKE, ask_fake_model
+from tests.support.in_process_command import run_command
+from tests.support.process_box import Box, wait_until
+
+ARGUMENTS = ("--model", f"{FAKE}=fake:0")
+BEFORE = Path(__file__).parent / "before"
+WITNESS = Identity(SigningKey(bytes(range(32))))
+
+
+@contextlib.contextmanager
+def running(home: Path, key: str = "") -> Iterator[Box]:
+    box = Box(home, *ARGUMENTS)
+    box.key = key
+    try:
+        yield box.start()
+    finally:
+        box.end()
+
+
+def read(signed: str) -> Checkpoint:
+    found = note.read(signed)
+    said = checkpoint.read(found)
+    assert checkpoint.is_signed(found, said)
+    return said
+
+
+def proven(box: Box, request_id: str) -> EntryProof:
+    """The proof in a receipt, verified."""
+    answer = box.http("GET", f"/v1/receipts/{request_id}")
+    assert answer.status_code == 200, answer.text
+    proof = entry_proof.read(answer.json()["inclusion"])
+    entry = entry_of(answer.json()["signed_receipt"].encode())
+    assert proof.includes(entry, read(str(proof.note)))
+    return proof
+
+
+def newest(box: Box) -> Checkpoint:
+    return read(box.http("GET", "/v1/log/checkpoint").text)
+
+
+def query(home: Path, sql: str, *values: Any) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(home / "pinaivu.db")) as connection, connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def findings(home: Path) -> list[str]:
+    done = run_command("receipts", "verify", "--all", "--json", home=home, check=False)
+    return [one["message"] for one in json.loads(done.stdout)["findings"]]
+
+
+def with_log(home: Path, work: Callable[[ReceiptLog, Database], Awaitable[Any]]) -> Any:
+    """On the log of a home whose box is stopped, opened as at a start."""
+
+    async def run() -> Any:
+        async with database_of(home) as database:
+            service = ReceiptLog(identity_of(home), database, home)
+            await service.open()
+            return await work(service, database)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """A home with the receipts of five requests, which is stopped; their ids, and its key."""
+    home = tmp_path_factory.mktemp("log") / "home"
+    with running(home) as box:
+        ids = [ask_fake_model(box) for _ in range(5)]
+        box.stop()
+    return home, ids, box.key
+
+
+@pytest.fixture
+def home(used: tuple[Path, list[str], str], tmp_path: Path) -> Path:
+    shutil.copytree(used[0], tmp_path / "home")
+    return tmp_path / "home"
+
+
+# -- it goes on ------------------------------------------------------------------------------------
+
+
+def test_a_box_that_stops_has_covered_all_its_entries(home: Path) -> None:
+    assert read((home / "log.checkpoint").read_text()).size == 5
+    assert findings(home) == []
+
+
+def test_a_log_goes_on_after_kill_9(tmp_path: Path) -> None:
+    """Whenever it comes: what was shown stays true, and what was acknowledged is in."""
+    home, acknowledged, shown = tmp_path / "home", [], []
+    key, pauses = "", random.Random(7)
+    for _ in range(4):
+        with running(home, key) as box:
+            key = box.key
+            stop = threading.Event()
+
+            def work(box: Box = box, stop: threading.Event = stop) -> None:
+                with contextlib.suppress(Exception):
+                    while not stop.is_set():
+                        acknowledged.append(ask_fake_model(box))
+                        shown.append(newest(box))
+
+            workers = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+            for worker in workers:
+                worker.start()
+            before = len(shown)
+            wait_until(lambda before=before: len(shown) > before + 5, "checkpoints")
+            time.sleep(pauses.random() / 10)
+            box.kill()
+            stop.set()
+            for worker in workers:
+                worker.join(180)
+    with running(home, key) as box:
+        last = newest(box)
+        assert {said.origin for said in shown} == {last.origin}
+        roots: dict[int, bytes] = {}
+        for said in [*shown, last]:
+            assert roots.setdefault(said.size, said.root) == said.root
+        for request_id in acknowledged[:: max(1, len(acknowledged) // 20)]:
+            assert proven(box, request_id).index < last.size
+        box.stop()
+    assert findings(home) == []
+
+
+def test_retention_keeps_the_entries_and_the_proofs(home: Path, used: Any) -> None:
+    _, ids, key = used
+    query(home, "UPDATE receipts SET created_at = 0 WHERE request_id IN (?, ?)", ids[1], ids[3])
+    with running(home, key) as box:
+        before = {request_id: proven(box, request_id) for request_id in ids}
+        box.stop()
+
+    async def retain(service: ReceiptLog, database: Database) -> None:
+        policy = RetentionConfig(receipts="30d")
+        await retention.apply(database, policy, 10**12, service.removals)
+
+    with_log(home, retain)
+    assert findings(home) == []
+    assert query(home, "SELECT count(*) FROM log_removals") == [(1,)]
+    with running(home, key) as box:
+        for request_id in ids:
+            status = box.http("GET", f"/v1/receipts/{request_id}").status_code
+            assert status == (404 if request_id in (ids[1], ids[3]) else 200)
+        assert proven(box, ids[4]).index == before[ids[4]].index
+        ask_fake_model(box)
+        wait_until(lambda: newest(box).size == 6, "a checkpoint with the new entry")
+        lines = box.http("GET", "/v1/log/consistency?from=5&to=6").text
+        assert lines  # the log has only grown
+        box.stop()
+    query(home, "DELETE FROM receipts WHERE request_id = ?", ids[0])
+    assert len(findings(home)) == 1  # that was nobody who signs
+
+
+def test_later_removals_join_the_record_of_earlier_ones(home: Path) -> None:
+    async def remove_all(service: ReceiptLog, database: Database) -> None:
+        for entry in (2, 1, 5, 3):
+            recorded = await service.removals([entry])
+            deletion = ("DELETE FROM receipts WHERE log_entry = ?", (entry,))
+            await database.write(*recorded, deletion)
+
+    with_log(home, remove_all)
+    assert findings(home) == []
+    ((signed,),) = query(home, "SELECT signed FROM log_removals")
+    assert json.loads(signed)["entries"] == [[0, 2], [4, 4]]
+
+
+def test_receipts_from_before_there_was_a_log_get_entries(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(BEFORE / "home", home, ignore=shutil.ignore_patterns("*.sql"))
+    with contextlib.closing(sqlite3.connect(home / "pinaivu.db")) as database:
+        database.executescript((BEFORE / "home" / "pinaivu.sql").read_text())
+    count = query(home, "SELECT count(*) FROM receipts")[0][0]
+    assert count
+    doctor = run_command("doctor", "--json", home=home, check=False, env={"PINAIVU_PORT": "0"})
+    (check,) = [one for one in json.loads(doctor.stdout) if one["name"] == "log"]
+    assert (check["state"], check["found"][:8]) == ("ok", "none yet")
+
+    async def look(service: ReceiptLog, database: Database) -> None:
+        rows = await database.read("SELECT request_id FROM receipts ORDER BY created_at, rowid")
+        for index, (request_id,) in enumerate(rows):
+            proof = await service.entry_proof(request_id)
+            assert proof is not None and proof.index == index
+        assert await database.read("SELECT * FROM log_pending") == []
+
+    with_log(home, look)
+    assert findings(home) == []
+
+
+def test_an_adoption_that_was_interrupted_goes_on(home: Path) -> None:
+    ids = query(home, "SELECT request_id FROM receipts ORDER BY log_entry")
+    query(home, "UPDATE receipts SET log_entry = NULL WHERE log_entry > 2")
+    query(home, "INSERT INTO log_pending VALUES ('adopt')")
+
+    async def look(service: ReceiptLog, _database: Database) -> list[int]:
+        proofs = [await service.entry_proof(request_id) for (request_id,) in ids]
+        return [proof.index for proof in proofs if proof is not None]
+
+    assert with_log(home, look) == [0, 1, 5, 6, 7]
+
+
+# -- another begins --------------------------------------------------------------------------------
+
+
+def test_a_restored_box_begins_another_log(tmp_path: Path, home: Path, used: Any) -> None:
+    _, ids, key = used
+    file = tmp_path / "box.backup"
+    run_command("backup", str(file), home=home)
+    with running(home, key) as box:
+        later = [ask_fake_model(box) for _ in range(3)]
+        last = read(str(proven(box, later[-1]).note))
+        box.stop()
+    run_command("restore", str(file), "--force", home=home)
+    with running(home, key) as box:
+        shown = box.http("GET", "/v1/log").json()
+        said = restart.read(SignedRestart(**shown["restart"]))
+        assert (said.origin, said.previous_origin) == (shown["origin"], last.origin)
+        assert said.reason == "The box was restored from a backup."
+        assert read(said.last_checkpoint or "") == last  # not that of the backup
+        assert [one["origin"] for one in shown["earlier"]] == [last.origin]
+        # What the old log has proven stays proven; what comes is in the new one.
+        old = read(str(proven(box, ids[0]).note))
+        assert (old.origin, old.size) == (last.origin, 5)
+        assert proven(box, ask_fake_model(box)).index == 0
+        assert newest(box).origin == shown["origin"]
+        box.stop()
+    assert findings(home) == []
+    with running(home, key) as box:  # and that one goes on
+        assert newest(box).origin == shown["origin"] and newest(box).size == 1
+
+
+def test_a_backup_of_entries_without_a_checkpoint_proves_them_anew(
+    tmp_path: Path, home: Path, used: Any
+) -> None:
+    _, ids, key = used
+    query(home, "DELETE FROM log_checkpoints WHERE size > 3")
+    file = tmp_path / "box.backup"
+    run_command("backup", str(file), home=home)
+    run_command("restore", str(file), home=tmp_path / "new")
+    with running(tmp_path / "new", key) as box:
+        shown = box.http("GET", "/v1/log").json()
+        assert {read(str(proven(box, one).note)).origin for one in ids} == {shown["origin"]}
+        box.stop()
+    assert findings(tmp_path / "new") == []
+
+
+def test_a_lost_database_begins_another_log(home: Path, used: Any) -> None:
+    last = read((home / "log.checkpoint").read_text())
+    for path in home.glob("pinaivu.db*"):
+        path.unlink()
+    with running(home) as box:
+        shown = box.http("GET", "/v1/log").json()
+    said = restart.read(SignedRestart(**shown["restart"]))
+    assert read(said.last_checkpoint or "") == last and said.previous_origin == last.origin
+    assert shown["origin"] != last.origin
+
+
+# -- what witnesses have ---------------------------------------------------------------------------
+
+
+def lost(home: Path) -> None:
+    """All but the key."""
+    for path in (*home.glob("pinaivu.db*"), home / "log.checkpoint"):
+        path.unlink()
+
+
+def test_a_witness_knows_what_a_lost_disk_had(home: Path) -> None:
+    last = note.read((home / "log.checkpoint").read_text())
+    lost(home)
+
+    async def learn(service: ReceiptLog, _database: Database) -> SignedRestart:
+        assert service.current.restart is None
+        origin = service.origin
+        for _ in range(2):  # the second time says nothing new
+            await service.seen_elsewhere(last)
+        assert service.origin == origin
+        signed, signature = service.current.restart, service.current.signature
+        assert signed is not None and signature is not None
+        return SignedRestart(signed.decode(), signature.hex())
+
+    said = restart.read(with_log(home, learn))
+    assert said.last_checkpoint == str(last)
+
+
+def test_a_witness_knows_that_the_whole_home_is_an_older_copy(
+    tmp_path: Path, home: Path, used: Any
+) -> None:
+    shutil.copytree(home, tmp_path / "older")
+    with running(home, used[2]) as box:
+        last = proven(box, ask_fake_model(box)).note
+        box.stop()
+
+    async def learn(service: ReceiptLog, _database: Database) -> tuple[str, int]:
+        await service.seen_elsewhere(last)
+        return service.origin, len(service.histories.all)
+
+    origin, logs = with_log(tmp_path / "older", learn)
+    assert origin != read(str(last)).origin and logs == 2
+
+
+def test_only_its_own_checkpoints_are_believed(home: Path) -> None:
+    last = note.read((home / "log.checkpoint").read_text())
+    said = checkpoint.read(last)
+    foreign = checkpoint.sign(
+        WITNESS, Checkpoint(checkpoint.origin(WITNESS.node_id, 10**15), 9, bytes(32))
+    )
+    forged = Note(Checkpoint(said.origin, 9, bytes(32)).text, last.signatures)
+
+    async def learn(service: ReceiptLog, _database: Database) -> None:
+        for signed in (foreign, forged):
+            with pytest.raises(NoteError):
+                await service.seen_elsewhere(signed)
+        await service.seen_elsewhere(last)
+        assert service.origin == said.origin
+
+    with_log(home, learn)
+
+
+def test_cosignatures_are_kept_and_shown(home: Path, used: Any) -> None:
+    ids = used[1]
+    last = note.read((home / "log.checkpoint").read_text())
+
+    async def cosign(service: ReceiptLog, database: Database) -> None:
+        signature = checkpoint.cosign(WITNESS, last.text, 1_700_000_000)
+        assert await service.add_cosignatures(note.joined(last, [signature])) == 1
+        assert await service.add_cosignatures(note.joined(last, [signature])) == 1
+        proof = await service.entry_proof(ids[0])
+        assert proof is not None
+        found = checkpoint.cosignature(proof.note, WITNESS.node_id)
+        assert found is not None and found.time == 1_700_000_000
+        wrong = signature._replace(signature=signature.signature[:-1] + b"x")
+        unknown = Checkpoint(service.origin, 4, bytes(32))
+        for refused in (
+            note.joined(last, [wrong]),
+            checkpoint.sign(identity_of(home), unknown),
+        ):
+            with pytest.raises(NoteError):
+                await service.add_cosignatures(refused)
+
+    with_log(home, cosign)
+
+
+def test_the_newest_checkpoint_with_cosignatures_is_the_one_of_a_proof(
+    home: Path, used: Any
+) -> None:
+    _, ids, key = used
+    last = note.read((home / "log.checkpoint").read_text())
+
+    async def cosign(service: ReceiptLog, _database: Database) -> None:
+        signature = checkpoint.cosign(WITNESS, last.text, 1_700_000_000)
+        await service.add_cosignatures(note.joined(last, [signature]))
+
+    with_log(home, cosign)
+    with running(home, key) as box:
+        young = ask_fake_model(box)
+        assert read(str(proven(box, young).note)).size == 6
+        assert read(str(proven(box, ids[0]).note)).size == 5
+        assert checkpoint.witnesses_named(proven(box, ids[0]).note) == [WITNESS.node_id]
+
+
+def test_listeners_hear_of_each_checkpoint(home: Path) -> None:
+    async def listen(service: ReceiptLog, database: Database) -> None:
+        heard: list[Note] = []
+        service.listeners.append(heard.append)
+        await service.cover()
+        assert heard == []  # nothing has grown
+        await database.write(("INSERT INTO log_entries (hash) VALUES (?)", (bytes(32),)))
+        await service.cover()
+        assert [checkpoint.read(signed).size for signed in heard] == [6]
+        assert read((home / "log.checkpoint").read_text()).size == 6
+
+    with_log(home, listen)
