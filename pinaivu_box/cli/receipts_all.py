@@ -12,7 +12,7 @@ from msgspec import Struct
 from pinaivu_box.cli.call import Call
 from pinaivu_box.doctor import receipt_log
 from pinaivu_box.errors import CliError
-from pinaivu_box.receipt_log.examine import Check, Finding, StoredReceipt
+from pinaivu_box.receipt_log.examine import Finding, StoredReceipt
 from pinaivu_box.receipts.receipt import view
 from pinaivu_box.receipts.verify import verify_receipt
 
@@ -28,12 +28,13 @@ class Verified(Struct, frozen=True):
 def verify_all(call: Call) -> None:
     """Print what is wrong; exits with 1 if anything is."""
     try:
-        examination = receipt_log.examined(call.home, full_check)
+        examination = receipt_log.examined(call.home, check_all)
     except sqlite3.Error as error:
         raise CliError(f"The database of {call.home} cannot be read: {error}.") from error
     if examination is None:
         raise CliError(f"There is no log of receipts in {call.home}: the next start begins it.")
-    found = Verified(examination.receipts, examination.entries, examination.findings)
+    findings = [*examination.findings, *_of_another_box(call, examination.logs[-1].node_id)]
+    found = Verified(examination.receipts, examination.entries, findings)
     call.print(found, _print)
     if found.findings:
         sys.exit(1)
@@ -49,15 +50,18 @@ def _print(found: Verified) -> None:
         click.echo(f"       {counts} were looked at")
 
 
-def full_check(node_id: str) -> Check:
+def _of_another_box(call: Call, node_id: str) -> list[Finding]:
+    own = call.node_id()
+    if own == node_id:
+        return []
+    return [Finding("forged", f"the log is that of {node_id}, and identity.key is {own or 'gone'}")]
+
+
+def check_all(node_id: str, receipt: StoredReceipt) -> str | None:
     """All that can be checked of a receipt alone; the whole log is examined beside it."""
-
-    def check(receipt: StoredReceipt) -> str | None:
-        shown = view(receipt.signed, receipt.signature, None)
-        if shown.request_id != receipt.request_id:
-            return f"is that of {shown.request_id}"
-        checks = verify_receipt(msgspec.json.encode(shown), node_key=node_id)
-        failed = next((each for each in checks if not each.ok), None)
-        return f"fails a check ({failed.name}): {failed.meaning}" if failed is not None else None
-
-    return check
+    shown = view(receipt.signed, receipt.signature, None)
+    if shown.request_id != receipt.request_id:
+        return f"is that of {shown.request_id}"
+    checks = verify_receipt(msgspec.json.encode(shown), node_key=node_id)
+    failed = next((each for each in checks if not each.ok), None)
+    return f"fails a check ({failed.name}): {failed.meaning}" if failed is not None else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from pinaivu_box import identity as identities
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.log.restart import Restart
 from pinaivu_box.receipt_log import examine, histories, last_shown
@@ -15,6 +14,7 @@ from pinaivu_box.receipt_log.examine import Examination
 from pinaivu_box.store import integrity
 
 _NAME = "log"
+_FIRST_VERSION = 7  # of the schema, that has it
 _CHANGED = "somebody else than the box has written to the database: find out who, and keep a copy"
 
 
@@ -32,21 +32,17 @@ def whole(home: Path) -> Iterator[Check]:
         yield Check(_NAME, "ok", f"{counts}, all as they were signed")
 
 
-def examined(
-    home: Path, check: Callable[[str], examine.Check] = examine.signature_check
-) -> Examination | None:
-    """Everything, each receipt by the check for the box with that node id; None if there is no log
-    yet.  Raises sqlite3.Error."""
+def examined(home: Path, check: examine.Check = examine.check_signature) -> Examination | None:
+    """Everything; None if there is no log yet.  Raises sqlite3.Error."""
     path = home / "pinaivu.db"
-    if not path.exists() or not (home / "identity.key").exists():
+    if not path.exists():
         return None
-    node_id = identities.load_or_create(home / "identity.key").node_id
-    shown = last_shown.read(home, node_id)  # before the database, which goes on
+    shown = last_shown.read(home, None)  # before the database, which goes on
     with integrity.reading(path) as connection:
-        if connection.execute("PRAGMA user_version").fetchone()[0] < 7:
+        if connection.execute("PRAGMA user_version").fetchone()[0] < _FIRST_VERSION:
             return None
         said = shown[0] if shown is not None else None
-        examination = examine.everything(connection, node_id, check(node_id), said)
+        examination = examine.everything(connection, check, said)
     return examination if examination.logs else None
 
 

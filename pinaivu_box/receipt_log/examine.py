@@ -57,39 +57,35 @@ class _Named(Struct):
     request_id: str
 
 
-# Says what is wrong with a receipt, None if nothing is.
-Check = Callable[[StoredReceipt], str | None]
+# Says what is wrong with a receipt in the log of that box, None if nothing is.
+Check = Callable[[str, StoredReceipt], str | None]
 
 
-def signature_check(node_id: str) -> Check:
+def check_signature(node_id: str, receipt: StoredReceipt) -> str | None:
     """Whether the box has signed a receipt, about the request which it is stored for."""
-
-    def check(receipt: StoredReceipt) -> str | None:
-        if not identities.verify(node_id, RECEIPT_DOMAIN, receipt.signed, receipt.signature):
-            return "is not signed by this box"
-        named = msgspec.json.decode(receipt.signed, type=_Named).request_id
-        return None if named == receipt.request_id else f"is that of {named}"
-
-    return check
+    if not identities.verify(node_id, RECEIPT_DOMAIN, receipt.signed, receipt.signature):
+        return "is not signed by this box"
+    named = msgspec.json.decode(receipt.signed, type=_Named).request_id
+    return None if named == receipt.request_id else f"is that of {named}"
 
 
-def tail(path: Path, node_id: str) -> list[Finding]:
+def tail(path: Path) -> list[Finding]:
     """What is wrong with the last receipts: those that no checkpoint covers, and the last 256 that
     one does; and with receipts that have no entry.  Raises sqlite3.Error."""
     with integrity.reading(path) as connection:
         connection.execute("BEGIN")
-        examination = Examination(connection, node_id, signature_check(node_id))
+        examination = Examination(connection, check_signature)
         examination.tail()
         return examination.findings
 
 
 def everything(
-    connection: sqlite3.Connection, node_id: str, check: Check, shown: Checkpoint | None
+    connection: sqlite3.Connection, check: Check, shown: Checkpoint | None
 ) -> Examination:
     """What is wrong with the logs and all receipts, each of which `check` looks at; `shown` is the
     last checkpoint that the box has shown.  Raises sqlite3.Error."""
     connection.execute("BEGIN")
-    examination = Examination(connection, node_id, check, shown)
+    examination = Examination(connection, check, shown)
     examination.everything()
     return examination
 
@@ -98,18 +94,22 @@ class Examination:
     def __init__(
         self,
         connection: sqlite3.Connection,
-        node_id: str,
         check: Check,
         shown: Checkpoint | None = None,
     ) -> None:
         self._shown = shown
         self._connection = connection
-        self._node_id = node_id
         self._check = check
         self._first: dict[tuple[Kind, str], str] = {}  # whom it was found at first
         self._counts: dict[tuple[Kind, str], int] = {}
         self.entries = self.receipts = 0
-        self.logs = [Log(*row) for row in connection.execute(store.LOGS)]
+        self.logs: list[Log] = []
+        for row in connection.execute(store.LOGS):
+            log = Log(*row)
+            if log.node_id:
+                self.logs.append(log)
+            else:
+                self.note("forged", "is not one of a box", "the origin of a log")
 
     @property
     def findings(self) -> list[Finding]:
@@ -128,7 +128,7 @@ class Examination:
         first = log.first_entry + max(0, covered - TAIL)
         removed = self._removed(log)
         for entry, digest, receipt in self._rows(first, self._end(log)):
-            self._look_at(entry - log.first_entry, digest, receipt, removed)
+            self._look_at(log, entry - log.first_entry, digest, receipt, removed)
         self._look_for_inserted()
 
     def everything(self) -> None:
@@ -145,8 +145,7 @@ class Examination:
         self._look_for_inserted()
 
     def _compare_origin(self, shown: Checkpoint) -> None:
-        epochs = [checkpoint.epoch_of(log.origin) for log in self.logs]
-        if checkpoint.epoch_of(shown.origin) > max(epochs, default=0):
+        if checkpoint.epoch_of(shown.origin) > max((log.epoch for log in self.logs), default=0):
             what = f"is older than the checkpoint of {shown.size} entries that the box has shown"
             self.note("rewritten", what, "the log")
 
@@ -178,18 +177,23 @@ class Examination:
             said = restart.read(SignedRestart(log.restart.decode(), log.signature.hex()))
         except (NoteError, UnicodeDecodeError):
             return False
-        return said.origin == log.origin and said.node_id == self._node_id
+        return said.origin == log.origin and said.node_id == log.node_id
 
     def _examine(self, log: Log) -> None:
         removed, growth = self._removed(log), _Growth(self, log)
         for entry, digest, receipt in self._rows(log.first_entry, self._end(log)):
-            self._look_at(entry - log.first_entry, digest, receipt, removed)
+            self._look_at(log, entry - log.first_entry, digest, receipt, removed)
             growth.append(entry - log.first_entry, digest)
         growth.end()
         self.entries += growth.size
 
     def _look_at(
-        self, index: int, digest: bytes, receipt: StoredReceipt | None, removed: list[Range]
+        self,
+        log: Log,
+        index: int,
+        digest: bytes,
+        receipt: StoredReceipt | None,
+        removed: list[Range],
     ) -> None:
         if receipt is None:
             if not _contains(removed, index):
@@ -200,7 +204,7 @@ class Examination:
         subject = f"the receipt of {receipt.request_id}"
         if entry_of(receipt.signed) != digest:
             self.note("changed", "is not the one that was logged", subject)
-        elif wrong := self._check(receipt):
+        elif wrong := self._check(log.node_id, receipt):
             self.note("unsigned", wrong, subject)
 
     def _look_for_inserted(self) -> None:
@@ -220,7 +224,7 @@ class Examination:
             "SELECT signed, signature FROM log_removals WHERE log = ?", (log.id,)
         ):
             try:
-                said = removal.read(self._node_id, signed, signature)
+                said = removal.read(log.node_id, signed, signature)
             except NoteError:
                 said = None
             if said is not None and said.origin == log.origin:

@@ -86,7 +86,8 @@ class Histories:
         origin = self._new_origin(known)
         said = None
         if reason is not None:
-            was = previous.origin if previous is not None else None
+            own = previous is not None and previous.node_id == self._identity.node_id
+            was = previous.origin if previous is not None and own else None
             said = self._statement(origin, reason, known, was)
         await self._database.write(
             *(store.end(previous, size) if previous is not None else []),
@@ -130,7 +131,9 @@ class Histories:
             return LOST if shown is not None else None
         if store.RESTORED in tasks:
             return RESTORED
-        if checkpoint.node_of(self.current.origin) != self._identity.node_id:
+        if not self.current.node_id:
+            return f"{CHANGED}: its origin is none."
+        if self.current.node_id != self._identity.node_id:
             return OTHER_KEY
         if shown is not None and self._is_older_than(shown):
             return REPLACED
@@ -148,8 +151,7 @@ class Histories:
 
     def _is_older_than(self, shown: Known) -> bool:
         """Whether a checkpoint is of a log that this database does not have."""
-        epoch = checkpoint.epoch_of(self.current.origin)
-        return checkpoint.epoch_of(shown.checkpoint.origin) > epoch
+        return checkpoint.epoch_of(shown.checkpoint.origin) > self.current.epoch
 
     def _shown(self) -> Known | None:
         found = last_shown.read(self._home, self._identity.node_id)
@@ -178,7 +180,7 @@ class Histories:
         return valid, max(latest, key=lambda each: each.order, default=None)
 
     def _new_origin(self, known: Known | None) -> str:
-        epochs = [checkpoint.epoch_of(each.origin) for each in self.all]
+        epochs = [each.epoch for each in self.all]
         if known is not None:
             epochs.append(checkpoint.epoch_of(known.checkpoint.origin))
         # Later than all before, whatever the clock says.
@@ -190,8 +192,6 @@ class Histories:
     ) -> SignedRestart:
         own = known is not None and known.checkpoint.node_id == self._identity.node_id
         last = known if own else None
-        if previous is not None and checkpoint.node_of(previous) != self._identity.node_id:
-            previous = None
         return restart.sign(
             self._identity,
             Restart(

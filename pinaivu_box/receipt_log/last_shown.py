@@ -16,14 +16,15 @@ from pinaivu_box.log.note import Note, NoteError
 NAME = "log.checkpoint"
 
 
-def read(home: Path, node_id: str) -> tuple[Checkpoint, Note] | None:
-    """None if there is none, or it is not this box's.  Raises OSError."""
+def read(home: Path, node_id: str | None) -> tuple[Checkpoint, Note] | None:
+    """None if there is none, or it is not that of the box with this node id (None: of any).  Raises
+    OSError."""
     try:
         signed = note.read((home / NAME).read_text(encoding="utf-8"))
         found = checkpoint.read(signed)
     except (FileNotFoundError, UnicodeDecodeError, NoteError):
         return None
-    right = found.node_id == node_id and checkpoint.is_signed(signed, found)
+    right = node_id in (None, found.node_id) and checkpoint.is_signed(signed, found)
     return (found, signed) if right else None
 
 

@@ -66,8 +66,7 @@ class ReceiptLog:
         await self.histories.open()
         if self.histories.adopted:
             await self._newest()  # of these, each was looked at just now
-        path, node_id = self._database.path, self._identity.node_id
-        found = await asyncio.to_thread(examine.tail, path, node_id)
+        found = await asyncio.to_thread(examine.tail, self._database.path)
         self.findings = [finding.message for finding in found]
         for message in self.findings:
             log.error("the database was changed behind the box's back: %s", message)
@@ -175,7 +174,7 @@ class ReceiptLog:
             if known.checkpoint.origin == self.origin:
                 if why := await self.histories.contradiction(known):
                     await self.histories.begin(f"{histories.BEHIND}: {why}.", known)
-            elif epoch > checkpoint.epoch_of(self.origin):
+            elif epoch > self.current.epoch:
                 await self.histories.begin(histories.REPLACED, known)
             elif all(known.checkpoint.origin != each.origin for each in self.histories.all):
                 await self.histories.say(histories.LOST, known)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from pinaivu_box.errors import StoreError
+from pinaivu_box.log import checkpoint
 from pinaivu_box.log.entry_proof import entry_of
 from pinaivu_box.log.merkle import HASH_BYTES
+from pinaivu_box.log.note import NoteError
 from pinaivu_box.log.removal import Range
 from pinaivu_box.store.database import Database, SqlStatement
 
@@ -60,6 +62,22 @@ class Log(Struct, frozen=True):
     size: int | None = None
     restart: bytes | None = None
     signature: bytes | None = None
+
+    @property
+    def node_id(self) -> str:
+        """Of the box that signs it; "" if its origin is none."""
+        try:
+            return checkpoint.node_of(self.origin)
+        except NoteError:
+            return ""
+
+    @property
+    def epoch(self) -> int:
+        """Unix milliseconds; 0 if its origin is none."""
+        try:
+            return checkpoint.epoch_of(self.origin)
+        except NoteError:
+            return 0
 
     def has(self, entry: int) -> bool:
         return entry >= self.first_entry and (
