@@ -19,6 +19,7 @@ from pinaivu_box.log.note import COSIGNATURE, Key, Note, NoteError, NoteSignatur
 from pinaivu_box.text import END, number
 
 _ORIGIN = re.compile(r"pinaivu/log/(node_[0-9a-f]{64})/(0|[1-9][0-9]{0,15})" + END)
+_WITNESS = re.compile("pinaivu/witness/(node_[0-9a-f]{64})" + END)
 _NUMBER = re.compile("(?:0|[1-9][0-9]{0,15})" + END)
 _TIME_BYTES = 8
 _SIGNATURE_BYTES = 64
@@ -119,35 +120,35 @@ def cosign(identity: Identity, text: str, time: int) -> NoteSignature:
 def cosignature(note: Note, node_id: str) -> Cosignature | None:
     """That of a witness, if the note has one and it is right.  Raises NoteError if it is wrong."""
     key = witness_key(node_id)
-    found = [each.signature for each in note.signatures if each.is_by(key)]
-    if not found:
-        return None
-    time = int.from_bytes(found[0][:_TIME_BYTES], "big")
-    right = len(found[0]) == _TIME_BYTES + _SIGNATURE_BYTES and time <= _LATEST
-    if not right or not _verifies(key, _cosigned(note.text, time), found[0][_TIME_BYTES:]):
+    found = [each for each in note.signatures if each.is_by(key)]
+    return read_cosignature(note.text, found[0], node_id) if found else None
+
+
+def read_cosignature(text: str, claimed: NoteSignature, node_id: str) -> Cosignature:
+    """That of the witness `node_id` (`witness_of`) over the text of a checkpoint.  Raises NoteError
+    if it is wrong."""
+    time_bytes, signature = claimed.signature[:_TIME_BYTES], claimed.signature[_TIME_BYTES:]
+    time = int.from_bytes(time_bytes, "big")
+    right = len(signature) == _SIGNATURE_BYTES and time <= _LATEST
+    if not right or not _verifies(witness_key(node_id), _cosigned(text, time), signature):
         raise NoteError(f"the cosignature of {node_id} is not its own")
     return Cosignature(node_id, time)
 
 
+def witness_of(claimed: NoteSignature) -> str | None:
+    """The id of the box whose cosignature it says it is, unverified; None if it does not."""
+    if not (match := _WITNESS.match(claimed.name)):
+        return None
+    return match[1] if claimed.is_by(witness_key(match[1])) else None
+
+
 def witnesses_named(note: Note) -> list[str]:
     """The ids of boxes whose cosignatures the note claims to have, unverified."""
-    prefix = "pinaivu/witness/"
-    ids = [
-        each.name.removeprefix(prefix)
-        for each in note.signatures
-        if each.name.startswith(prefix) and _is_node_id(each.name.removeprefix(prefix))
-    ]
-    return [
-        node_id for node_id in ids if any(s.is_by(witness_key(node_id)) for s in note.signatures)
-    ]
+    return [node_id for each in note.signatures if (node_id := witness_of(each)) is not None]
 
 
 def _cosigned(text: str, time: int) -> bytes:
     return f"cosignature/v1\ntime {time}\n{text}".encode()
-
-
-def _is_node_id(text: str) -> bool:
-    return _ORIGIN.match(f"pinaivu/log/{text}/0") is not None
 
 
 def _public(node_id: str) -> bytes:

@@ -107,14 +107,14 @@ def _cosignatures(note: Note, signed: Checkpoint) -> tuple[Cosignature, ...]:
     """All of them, in the note's order.  Raises NoteError for a signature that is wrong, or whose
     signer follows from nothing."""
     log_key = checkpoint.log_key(signed.origin)
-    named = checkpoint.witnesses_named(note)
     others = [each for each in note.signatures if not each.is_by(log_key)]
-    if len(set(named)) != len(others):
+    named = [node_id for each in others if (node_id := checkpoint.witness_of(each))]
+    if len(named) != len(others):
         raise NoteError("one of the signatures is neither the log's nor a witness's")
     if signed.node_id in named:
         raise NoteError(f"{signed.node_id} is no witness of its own log")
-    found = (checkpoint.cosignature(note, node_id) for node_id in named)
-    return tuple(one for one in found if one is not None)
+    pairs = zip(others, named, strict=True)
+    return tuple(checkpoint.read_cosignature(note.text, each, node_id) for each, node_id in pairs)
 
 
 def _told(found: tuple[Cosignature, ...]) -> str:
