@@ -196,9 +196,8 @@ class Auditor:
             )
         )  # fmt: skip
         names = Sampling.__struct_fields__
-        drawing = Sampling(
-            **{n: sampling[n] for n in names if n != "seed"}, seed=int(sampling["seed"])
-        )
+        values = {name: value for name, value in sampling.items() if name in names}
+        drawing = Sampling(**values | {"seed": int(sampling["seed"])})
         draws = [Draw(drawing, len(prompt) + n) for n in range(wanted)]
         again = draw_rows(logits, draws, self._ends)
         return "".join(str(int(a == b)) for a, b in zip(again, tokens, strict=True))
