@@ -10,22 +10,28 @@ import time
 
 from starlette.requests import Request
 
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import BodyTooLarge
 from pinaivu_box.gossip.adverts import TokenBucket
 from pinaivu_box.server.bodies import read
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.plain import PlainText
+from pinaivu_box.server.sessions import address_of
 from pinaivu_box.witness.http import STATEMENT_HEADER
 from pinaivu_box.witness.rules import MAX_BODY_BYTES, SIZE_TYPE, Rejected, read_submission
 from pinaivu_box.witness.wire import MAX_STATEMENT_BYTES
 
-_BURST, _PER_SECOND = 100.0, 20.0  # checkpoints that are looked at, of all senders
+# Checkpoints that are looked at: of one address, and of all.
+_ADDRESS_BURST, _ADDRESS_PER_SECOND = 60.0, 5.0
+_BURST, _PER_SECOND = 300.0, 50.0
+_MAX_ADDRESSES = 4096
 _limit = TokenBucket(_BURST)
+_limits: BoundedDict[str, TokenBucket] = BoundedDict(_MAX_ADDRESSES)
 
 
 async def add_checkpoint(request: Request) -> PlainText:
     """Cosign a checkpoint that is consistent with the last one that was cosigned."""
-    if not _limit.take(_PER_SECOND, time.monotonic()):
+    if not _may_ask(address_of(request)):
         return _refused(429, "This witness is asked too often: ask again.", {"Retry-After": "1"})
     try:
         submission = read_submission(await _text(request))
@@ -46,6 +52,13 @@ async def get_checkpoint(request: Request, origin_hash: str) -> PlainText:
         if hashlib.sha256(last.origin.encode()).hexdigest() == origin_hash:
             return PlainText(last.note)
     return _refused(404, "This witness has cosigned no checkpoint of that log.")
+
+
+def _may_ask(address: str) -> bool:
+    now, limit = time.monotonic(), _limits.get(address)
+    if limit is None:
+        limit = _limits[address] = TokenBucket(_ADDRESS_BURST)
+    return limit.take(_ADDRESS_PER_SECOND, now) and _limit.take(_PER_SECOND, now)
 
 
 async def _text(request: Request) -> str:

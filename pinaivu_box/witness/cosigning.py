@@ -5,8 +5,10 @@ later, and what it signed wrongly is dropped."""
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
+from pinaivu_box import backoff
 from pinaivu_box.errors import PeeringError, StoreError
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.checkpoint import Checkpoint
@@ -17,6 +19,7 @@ from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.wire import Conflict, Cosigned, Declined, Submit
 
 _ATTEMPTS = 4  # until the old size is that of the witness
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a refusal
 
 log = logging.getLogger("pinaivu.witness")
 
@@ -31,6 +34,9 @@ class Cosigning:
         self._own_log = own_log
         self.cosigned: dict[str, Checkpoint] = {}
         self._asked: set[str] = set()  # who has not answered yet
+        self._refused: dict[
+            str, tuple[int, float]
+        ] = {}  # how often, and until when to wait
         self._tasks = TaskSet()
 
     async def close(self) -> None:
@@ -39,15 +45,29 @@ class Cosigning:
     async def submit(self, witnesses: Mapping[str, Ask]) -> None:
         """Have the newest checkpoint cosigned by these, as far as they have not; nobody waits for
         their answers."""
-        for name in self.cosigned.keys() - witnesses.keys():
-            del self.cosigned[name]
+        for known in (self.cosigned, self._refused):
+            for name in known.keys() - witnesses.keys():
+                del known[name]
         signed = await self._own_log.checkpoint()
         newest = checkpoint.read(signed)
         for name, ask in witnesses.items():
             due = newest.size > 0 and self.cosigned.get(name) != newest
-            if due and name not in self._asked:
+            _, waits_until = self._refused.get(name, (0, 0.0))
+            if due and name not in self._asked and time.monotonic() >= waits_until:
                 self._asked.add(name)
                 self._tasks.spawn(self._submit(name, ask, signed))
+
+    def ask_again(self, name: str) -> None:
+        """It is there again, and may have changed its mind."""
+        self._refused.pop(name, None)
+
+    def _has_refused(self, name: str, why: str) -> None:
+        """It is asked again after a time that doubles, and the operator told once."""
+        failures, _ = self._refused.get(name, (0, 0.0))
+        level = logging.DEBUG if failures else logging.WARNING
+        log.log(level, "%s has not cosigned the log: %s", wire.short(name), why)
+        pause = backoff.delay(failures + 1, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+        self._refused[name] = failures + 1, time.monotonic() + pause
 
     async def _submit(self, name: str, ask: Ask, signed: Note) -> None:
         try:
@@ -74,7 +94,7 @@ class Cosigning:
                 await self._keep(name, answer.signature, signed)
                 return
             if isinstance(answer, Declined):
-                log.info("%s does not cosign: %s", wire.short(name), wire.printable(answer.message))
+                self._has_refused(name, wire.printable(answer.message))
                 return
             if answer.note and (answer.size == 0 or answer.size > newest.size):
                 await self._look_at(answer.note)
@@ -91,8 +111,9 @@ class Cosigning:
     async def _keep(self, name: str, lines: str, signed: Note) -> None:
         found = cosigned_by(name, lines, signed)
         if found is None:
-            log.warning("%s has sent a cosignature that is wrong", wire.short(name))
+            self._has_refused(name, "what it has sent is not its cosignature")
             return
+        self.ask_again(name)
         await self._own_log.add_cosignatures(found)
         self.cosigned[name] = checkpoint.read(signed)
 

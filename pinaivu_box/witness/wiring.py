@@ -71,6 +71,7 @@ class Witnessing:
         """There is a link to that peer again."""
         if self._questions is not None:
             self._questions.is_back(peer)
+        self.cosigning.ask_again(peer)
 
     async def close(self) -> None:
         await self.cosigning.close()
