@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from msgspec.structs import replace
+from msgspec import Struct
 
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_json, time_text
 from pinaivu_box.errors import CliError, UsageError
+from pinaivu_box.text import utc_text
 
 _ID = re.compile("[0-9a-f]{6,32}")
 _COLUMNS = (
@@ -24,6 +25,19 @@ _COLUMNS = (
     Column("BOX", lambda alarm: alarm.node_id[:17], drop=1),
     Column("DETAIL", attrgetter("detail"), cut="end"),
 )
+
+
+class ShownAlarm(Struct, frozen=True):
+    """As JSON has it: a time in UTC, the document as text."""
+
+    id: str
+    kind: str
+    node_id: str
+    origin: str
+    found_at: str
+    detail: str
+    document: str
+    dismissed: bool
 
 
 @click.command()
@@ -63,9 +77,11 @@ def _alarms(call: Call) -> list[Any]:
     return call.in_database(alarms)
 
 
-def _shown(alarm: Any) -> Any:
-    """With its document as text, since JSON has no bytes."""
-    return replace(alarm, document=alarm.document.decode())
+def _shown(alarm: Any) -> ShownAlarm:
+    fields = {name: getattr(alarm, name) for name in alarm.__struct_fields__}
+    fields["found_at"] = utc_text(alarm.found_at / 1000)
+    fields["document"] = alarm.document.decode()
+    return ShownAlarm(**fields)
 
 
 def _find(call: Call, text: str) -> Any:

@@ -34,9 +34,7 @@ class Cosigning:
         self._own_log = own_log
         self.cosigned: dict[str, Checkpoint] = {}
         self._asked: set[str] = set()  # who has not answered yet
-        self._refused: dict[
-            str, tuple[int, float]
-        ] = {}  # how often, and until when to wait
+        self._refused: dict[str, tuple[int, float]] = {}  # how often, and until when to wait
         self._tasks = TaskSet()
 
     async def close(self) -> None:
