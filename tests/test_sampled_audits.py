@@ -21,6 +21,7 @@ from pinaivu_box.audits.choice import FIRST_REQUESTS, AuditChoice, share
 from pinaivu_box.audits.disproof import Evidence, verify_evidence
 from pinaivu_box.audits.finding import Finding
 from pinaivu_box.audits.pending import LegToAudit, PendingAudit, PendingAudits
+from pinaivu_box.audits.prompts import are_others
 from pinaivu_box.audits.sampled import SampledAudits
 from pinaivu_box.audits.service import AuditConsequences
 from pinaivu_box.config import AuditConfig
@@ -125,6 +126,23 @@ def test_a_key_is_left_out_and_so_are_those_that_it_makes(tmp_path: Path) -> Non
     assert refused.returncode == 2
     off = Policy(audit="off")
     assert within(Policy(), off).audit == "off" and within(off, Policy()).audit == "off"
+
+
+def test_a_prompt_may_differ_where_templates_write_the_date() -> None:
+    prompt = [*range(100)]
+    dated = [*prompt[:20], *range(500, 516), *prompt[36:]]
+    for same in (prompt, dated, [*prompt[:20], 7, *prompt[20:]], prompt[:-16]):
+        assert not are_others(same, prompt) and not are_others(prompt, same)
+    twice = [7, *prompt[1:-1], 7]
+    for other in (
+        [],
+        prompt[:50],
+        prompt[17:],
+        [*prompt, *prompt],
+        [*dated[:20], 9, *dated],
+        twice,
+    ):
+        assert are_others(other, prompt) and are_others(prompt, other)
 
 
 # -- what waits ------------------------------------------------------------------------------------

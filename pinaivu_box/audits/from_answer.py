@@ -51,7 +51,7 @@ async def transcript_from(
 
 async def _prompt(engine: EngineProcess, job: Job) -> PromptTranscript:
     request = msgspec.structs.replace(request_of(job, Sampling()), tenant=TENANT)
-    read = await _ask(engine, Tokenize(request))
+    read = await ask(engine, Tokenize(request))
     return PromptTranscript(job.prompt_number, asked_text(job), read.tokens, read.thinking)
 
 
@@ -72,7 +72,7 @@ async def _readings(
 ) -> AsyncIterator[list[int]]:
     """The tokens that the text may have been."""
     for ending in ("", *stop):
-        read = await _ask(engine, Tokenize(_plain(text + ending), plain=True))
+        read = await ask(engine, Tokenize(_plain(text + ending), plain=True))
         yield read.tokens
         for end in [] if ending else read.ends:
             yield [*read.tokens, end]
@@ -82,8 +82,8 @@ def _plain(text: str) -> Add:
     return Add("text", [], Sampling(), None, [], TENANT, prompt=text)
 
 
-async def _ask(engine: EngineProcess, question: Tokenize) -> Tokenized:
-    """Raises ApiError."""
+async def ask(engine: EngineProcess, question: Tokenize) -> Tokenized:
+    """The engine's answer.  Raises ApiError."""
     answered: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
     request: Add | Embed = question.request
 

@@ -55,6 +55,14 @@ class StatementList(Struct, frozen=True):
     request_id: str = ""
 
 
+class DisproofList(Struct, frozen=True):
+    """The newest first."""
+
+    data: list[views.DisproofView]
+    object: str = "list"
+    request_id: str = ""
+
+
 async def list_balances(request: Request) -> BalanceList:
     box = box_of(request)
     return BalanceList(await views.all_balances(box.database, box.config.peering))
@@ -72,6 +80,11 @@ async def list_entries(request: Request, peer: str, query: EntryQuery) -> EntryL
 async def list_statements(request: Request, query: StatementQuery) -> StatementList:
     node_id = None if query.peer is None else await _node_id(request, query.peer)
     return StatementList(await views.all_statements(box_of(request).database, node_id))
+
+
+async def list_disproofs(request: Request, query: StatementQuery) -> DisproofList:
+    node_id = None if query.peer is None else await _node_id(request, query.peer)
+    return DisproofList(await views.all_disproofs(box_of(request).database, node_id))
 
 
 async def settle(request: Request, peer: str) -> views.SettledView:

@@ -202,6 +202,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
              admin_ledger.list_balances, "List the balances with peers"),
     Endpoint("GET", "/v1/admin/ledger/statements", "admin",
              admin_ledger.list_statements, "List the statements, newest first"),
+    Endpoint("GET", "/v1/admin/ledger/disproofs", "admin",
+             admin_ledger.list_disproofs, "List what audits of peers have proven false"),
     Endpoint("POST", "/v1/admin/ledger/statements/{statement}/paid", "admin",
              admin_ledger.mark_paid, "Mark a statement as paid"),
     Endpoint("GET", "/v1/admin/ledger/{peer}/entries", "admin",

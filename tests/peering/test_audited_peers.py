@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from pinaivu_box import idle_time
 from pinaivu_box.audits.disproof import Evidence, verify_evidence
 from pinaivu_box.config import ModelConfig
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.local import LocalLeg
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.models import bundled
 from pinaivu_box.store.peer_audits import PeerAudits
@@ -33,6 +36,7 @@ pytestmark = [
 ]
 Q4_0 = 2  # llama.cpp's number of the file type
 WORD = "Wolpertinger"
+LONG = "Tell me of each of these animals how it spends the winter: " + "fox, hen, bear, " * 20
 SMALL: dict[str, Any] = {
     "engine__context": 512, "engine__max_sequences": 2, "engine__threads": 1,
     "engine__cpu_variant": "haswell",
@@ -56,9 +60,9 @@ class World:
         made = await self.anna.http("POST", "/v1/admin/keys", json=body)
         return str(made.json()["key"])
 
-    async def ask(self, secret: str) -> str:
-        """The id of a request, and who served it."""
-        answer = await self.anna.chat(WORD, secret, model=MODEL, max_tokens=12, seed=3)
+    async def ask(self, secret: str, text: str = WORD) -> str:
+        """The id of a request."""
+        answer = await self.anna.chat(text, secret, model=MODEL, max_tokens=12, seed=3)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["request_id"])
 
@@ -150,6 +154,28 @@ async def test_who_serves_another_file_is_found_and_loses_its_reputation(
     await is_evident(world, tmp_path, false, secret)
 
 
+async def test_who_cuts_the_prompt_short_is_found(world: World) -> None:
+    """Although all that it says of the shorter one is so, to the bit."""
+    ben = world.ben
+    start = ben.box.local.start
+
+    def cut_short(job: Job) -> LocalLeg:
+        (message,) = job.messages
+        return start(replace(job, messages=[{**message, "content": message["content"][:40]}]))
+
+    secret = await world.key(peers=["ben"])
+    await world.ask(secret, LONG)
+    await wait_until(lambda: world.known(ben).audits == 1)
+    assert world.known(ben) == PeerAudits(watched=1, agreed=1)
+    ben.pool.serving._local.start = cut_short  # type: ignore[method-assign]
+    request_id = await world.ask(secret, LONG)
+    assert await world.server_of(request_id) == ben.node_id
+    await wait_until(lambda: world.known(ben).failed == 1)
+    assert world.known(ben).disproved == 0  # templates can be configured: it is no proof
+    shown = await world.shown("ben")
+    assert 0.4 < shown["reputation"]["value"] <= 0.5 and request_id in shown["reputation"]["why"]
+
+
 async def is_evident(world: World, folder: Path, request_id: str, secret: str) -> None:
     """What he signed is not owed, and what shows it is verified offline, by who has the key."""
     home = world.anna.box.home
@@ -164,6 +190,8 @@ async def is_evident(world: World, folder: Path, request_id: str, secret: str) -
         disproof["request_id"] == request_id and disproof["amount"] == balance["disproved"] != "0"
     )
     assert "token" in disproof["why"] or "numbers" in disproof["why"]
+    over_http = (await world.anna.http("GET", "/v1/admin/ledger/disproofs?peer=carl")).json()
+    assert over_http["data"] == [disproof]
     sealed = ran("ledger", "evidence", request_id)
     assert sealed["transcript"] is None
     document = json.dumps(ran("ledger", "evidence", request_id, PINAIVU_API_KEY=secret))
