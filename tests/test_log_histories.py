@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import random
 import shutil
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from nacl.signing import SigningKey
@@ -24,8 +25,10 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, entry_proof, note, restart
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.entry_proof import EntryProof, entry_of
+from pinaivu_box.log.merkle import is_consistent
 from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.restart import SignedRestart
+from pinaivu_box.log.tiles import Tile, TilePath
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database
@@ -33,6 +36,7 @@ from tests.support.fake_model import FAKE, ask_fake_model
 from tests.support.in_process_command import run_command
 from tests.support.process_box import Box, wait_until
 
+T = TypeVar("T")
 ARGUMENTS = ("--model", f"{FAKE}=fake:0")
 BEFORE = Path(__file__).parent / "before"
 WITNESS = Identity(SigningKey(bytes(range(32))))
@@ -398,3 +402,120 @@ def test_listeners_hear_of_each_checkpoint(home: Path) -> None:
         assert read((home / "log.checkpoint").read_text()).size == 6
 
     with_log(home, listen)
+
+
+# -- a long log ------------------------------------------------------------------------------------
+
+
+def mth(leaves: list[bytes]) -> bytes:
+    """RFC 6962, section 2.1, over hashes of leaves."""
+    if len(leaves) < 2:
+        return leaves[0] if leaves else hashlib.sha256(b"").digest()
+    k = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\x01" + mth(leaves[:k]) + mth(leaves[k:])).digest()
+
+
+def grow(home: Path, entries: list[bytes]) -> None:
+    with contextlib.closing(sqlite3.connect(home / "pinaivu.db")) as connection, connection:
+        rows = [(entry,) for entry in entries]
+        connection.executemany("INSERT INTO log_entries (hash) VALUES (?)", rows)
+
+
+LONG = 70_000  # the example of C2SP tlog-tiles
+TILES = [  # of its last tiles: level, number, and width
+    (0, 272, 256), (0, 273, 112), (1, 0, 256), (1, 1, 17), (2, 0, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes], list[Checkpoint]]:
+    """A home with a log of 70,000 entries without receipts, its entries, and checkpoints that were
+    made while it grew."""
+    home = tmp_path_factory.mktemp("long") / "home"
+    home.mkdir(mode=0o700)
+    chance = random.Random(20)
+    entries = [chance.randbytes(32) for _ in range(LONG)]
+    sizes = [1, 2, 255, 256, 257, 511, 65_535, 65_536, 65_537, 69_999, LONG]
+
+    async def fill(service: ReceiptLog, _database: Database) -> list[Checkpoint]:
+        made, size = [], 0
+        for to in sizes:
+            grow(home, entries[size:to])
+            await service.cover()
+            signed = await service.latest()
+            assert signed is not None
+            made.append(read(signed.note))
+            size = to
+        return made
+
+    made = with_log(home, fill)
+    assert [said.size for said in made] == sizes
+    return home, entries, made
+
+
+def with_service(home: Path, work: Callable[[ReceiptLog], Awaitable[T]]) -> T:
+    """Without the look at receipts, which these entries lack."""
+
+    async def run() -> T:
+        async with database_of(home) as database:
+            service = ReceiptLog(identity_of(home), database, home)
+            await service.histories.open()
+            return await work(service)
+
+    return asyncio.run(run())
+
+
+def test_roots_of_a_long_log(long: Any) -> None:
+    _, entries, made = long
+    leaves = [hashlib.sha256(b"\x00" + entry).digest() for entry in entries]
+    for said in made:
+        assert said.root == mth(leaves[: said.size])
+
+
+def test_tiles_of_a_long_log(long: Any) -> None:
+    home, entries, _ = long
+    leaves = [hashlib.sha256(b"\x00" + entry).digest() for entry in entries]
+
+    async def look(service: ReceiptLog) -> None:
+        for level, number, width in TILES:
+            found = await service.tile(TilePath(Tile(level, number, width), False))
+            count = 256**level
+            first = number * 256 * count
+            starts = range(first, first + width * count, count)
+            assert found == b"".join(mth(leaves[start : start + count]) for start in starts)
+            for more in (Tile(level, number + 2), Tile(level, number, min(width + 1, 255))):
+                if more.width > width or more.index > number:
+                    assert await service.tile(TilePath(more, False)) is None
+        bundle = await service.tile(TilePath(Tile(0, 273, 112), True))
+        assert bundle == b"".join(b"\x00\x20" + entry for entry in entries[-112:])
+
+    with_service(home, look)
+
+
+def test_growth_of_a_long_log(long: Any) -> None:
+    home, _, made = long
+
+    async def look(service: ReceiptLog) -> None:
+        for number, old in enumerate(made):
+            for new in made[number:]:
+                proof = await service.consistency(old.size, new.size)
+                assert is_consistent(old.size, old.root, new.size, new.root, proof)
+
+    with_service(home, look)
+
+
+def test_hashes_that_were_changed_are_made_anew(long: Any, tmp_path: Path) -> None:
+    home, _, made = long
+    shutil.copytree(home, tmp_path / "home")
+    changed = "UPDATE log_tiles SET hashes = zeroblob(length(hashes)) WHERE level = 1"
+    query(tmp_path / "home", changed)
+    assert any("a stored hash of the log" in message for message in findings(tmp_path / "home"))
+
+    async def look(service: ReceiptLog) -> list[str]:
+        assert service.origin == made[-1].origin
+        proof = await service.consistency(made[0].size, LONG)
+        assert is_consistent(1, made[0].root, LONG, made[-1].root, proof)
+        return service.histories.findings
+
+    assert len(with_service(tmp_path / "home", look)) == 1
+    assert not any("stored hash" in message for message in findings(tmp_path / "home"))

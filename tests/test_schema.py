@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.store import audit, keys, requests, responses, retention
+from pinaivu_box.receipt_log import adoption, examine
+from pinaivu_box.store import audit, keys, log, requests, responses, retention
 from pinaivu_box.store.database import Database, Row
 
 pytestmark = pytest.mark.anyio
 MONDAY = 1_735_516_800_000  # 2024-12-30T00:00:00Z
 BIG = (
     "keys", "accounts", "audit", "requests", "receipts", "responses", "usage", "latencies",
-    "refusals",
+    "refusals", "log_entries", "log_tiles", "log_checkpoints", "log_removals",
 )  # fmt: skip
 
 
@@ -112,6 +113,14 @@ PLANNED = {
     "audit trail of an erased account": audit.forget_names("acct_1", "ada")[0][0],
     **{f"audit trail of one {column}": audit_of(column) for column in ("target", "actor")},
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
+    "entries of the log": " UNION ALL ".join([log.ENTRIES] * 3),
+    "tiles of the log": " UNION ALL ".join([log.TILE] * 3),
+    "last tile of a level": log.LAST_TILE,
+    "newest checkpoint": log.CHECKPOINT,
+    "checkpoint that covers an entry": log.CHECKPOINT_OVER,
+    "last record of removals": log.LAST_REMOVAL,
+    "receipts without entry": adoption.NEXT,
+    "tail of the log": examine.ROWS,
     "responses that ran": responses.FAIL_UNFINISHED,
     **dict(zip(("receipts anew", "responses anew"), retention.NEW_DATES, strict=True)),
     "hours of usage": retention.HOURS,

@@ -14,7 +14,7 @@ from pinaivu_box.store import log as store
 
 _BATCH = 500
 _BUSY_SECONDS = 15.0
-_NEXT = (
+NEXT = (
     "SELECT rowid, created_at, signed, signature FROM receipts WHERE log_entry IS NULL"
     " AND (created_at, rowid) > (?, ?) ORDER BY created_at, rowid LIMIT ?"
 )
@@ -47,7 +47,7 @@ def _batch(
     count = 0
     connection.execute("BEGIN IMMEDIATE")
     try:
-        rows = connection.execute(_NEXT, (*last, _BATCH)).fetchall()
+        rows = connection.execute(NEXT, (*last, _BATCH)).fetchall()
         for rowid, _, signed, signature in rows:
             if not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
                 continue  # whoever examines the log says so

@@ -32,7 +32,7 @@ from pinaivu_box.store.log import Log
 Kind = Literal["changed", "unsigned", "removed", "inserted", "rewritten", "forged"]
 TAIL = 256  # receipts that are looked at before those that no checkpoint covers
 
-_ROWS = (
+ROWS = (
     "SELECT e.id, e.hash, r.request_id, r.signed, r.signature FROM log_entries AS e"
     " LEFT JOIN receipts AS r ON r.log_entry = e.id WHERE e.id >= ? AND e.id < ? ORDER BY e.id"
 )
@@ -163,7 +163,7 @@ class Examination:
 
     def _rows(self, first: int, end: int) -> Iterator[tuple[int, bytes, StoredReceipt | None]]:
         for entry, digest, request_id, signed, signature in self._connection.execute(
-            _ROWS, (first, end)
+            ROWS, (first, end)
         ):
             has_receipt = request_id is not None
             receipt = StoredReceipt(request_id, signed, signature) if has_receipt else None

@@ -112,30 +112,30 @@ class Histories:
 
     async def contradiction(self, known: Known) -> str | None:
         """Why the current log cannot go on, if its stored entries do not lead to a checkpoint of
-        it."""
+        it.  Hashes that are not those of the entries are made anew."""
         try:
             size = await store.size(self._database, self.current)
             if known.checkpoint.size > size:
                 return f"it has {size} entries, and its checkpoint {known.checkpoint.size}"
-            await tree.extend(self._database, self.current, known.checkpoint.size)
-            root = await tree.root(self._database, self.current, known.checkpoint.size)
+            if await self._leads_to(known.checkpoint):
+                return None
+            await self._database.write(store.forget_tiles(self.current))
+            if not await self._leads_to(known.checkpoint):
+                return f"its first {known.checkpoint.size} entries are not those of its checkpoint"
         except LogDamaged as error:
             return error.message
-        if root != known.checkpoint.root:
-            return f"its first {known.checkpoint.size} entries are not those of its checkpoint"
+        self.findings.append("Stored hashes of the log were changed: they were made anew.")
+        log.error("stored hashes of the log were changed: they were made anew")
         return None
 
-    async def _reason(self, tasks: set[str], shown: Known | None) -> str | None:
-        """Why another log has to begin after one that was before, if so."""
-        if not self.all:
-            return LOST if shown is not None else None
-        if store.RESTORED in tasks:
-            return RESTORED
-        if not self.current.node_id:
-            return f"{CHANGED}: its origin is none."
-        if self.current.node_id != self._identity.node_id:
-            return OTHER_KEY
-        if shown is not None and self._is_older_than(shown):
+    async def _leads_to(self, said: Checkpoint) -> bool:
+        await tree.extend(self._database, self.current, said.size)
+        return await tree.root(self._database, self.current, said.size) == said.root
+
+    async def broken(self) -> str | None:
+        """Why the current log cannot go on, as a sentence, if it cannot."""
+        shown = self._shown()
+        if shown is not None and checkpoint.epoch_of(shown.checkpoint.origin) > self.current.epoch:
             return REPLACED
         try:
             await store.size(self._database, self.current)
@@ -149,9 +149,17 @@ class Histories:
                 return f"{reason}: {why}."
         return None
 
-    def _is_older_than(self, shown: Known) -> bool:
-        """Whether a checkpoint is of a log that this database does not have."""
-        return checkpoint.epoch_of(shown.checkpoint.origin) > self.current.epoch
+    async def _reason(self, tasks: set[str], shown: Known | None) -> str | None:
+        """Why another log has to begin after one that was before, if so."""
+        if not self.all:
+            return LOST if shown is not None else None
+        if store.RESTORED in tasks:
+            return RESTORED
+        if not self.current.node_id:
+            return f"{CHANGED}: its origin is none."
+        if self.current.node_id != self._identity.node_id:
+            return OTHER_KEY
+        return await self.broken()
 
     def _shown(self) -> Known | None:
         found = last_shown.read(self._home, self._identity.node_id)

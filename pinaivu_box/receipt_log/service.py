@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,8 +82,10 @@ class ReceiptLog:
         """Make a checkpoint if the log has grown; errors are logged."""
         try:
             await self._newest()
+        except (OSError, sqlite3.Error) as error:
+            log.error("no checkpoint of the log could be made: %s", error)
         except Exception:
-            log.exception("no checkpoint could be made")
+            log.exception("no checkpoint of the log could be made")
 
     async def checkpoint(self) -> Note:
         """The newest; made if the log has grown, at most one a second."""
@@ -213,8 +216,9 @@ class ReceiptLog:
         async with self._lock:
             try:
                 return await self._grown()
-            except LogDamaged as error:
-                await self.histories.begin(f"{histories.CHANGED}: {error.message}.", None)
+            except LogDamaged:
+                if reason := await self.histories.broken():
+                    await self.histories.begin(reason, None)
                 return await self._grown()
 
     async def _grown(self) -> StoredCheckpoint:
@@ -228,8 +232,8 @@ class ReceiptLog:
         if last is not None:
             await self._check_consistent(of, last, size, root)
         signed = checkpoint.sign(self._identity, Checkpoint(of.origin, size, root))
-        await self._database.write(*store.put_checkpoint(of, size, now_ms(), str(signed)))
         await asyncio.to_thread(last_shown.write, self._home, signed)
+        await self._database.write(*store.put_checkpoint(of, size, now_ms(), str(signed)))
         self.covered, self._made_at = size, time.monotonic()
         for listener in self.listeners:
             listener(signed)

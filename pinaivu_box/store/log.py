@@ -212,6 +212,10 @@ def put_tile(log: Log, level: int, number: int, hashes: bytes) -> SqlStatement:
     )
 
 
+def forget_tiles(log: Log) -> SqlStatement:
+    return "DELETE FROM log_tiles WHERE log = ?", (log.id,)
+
+
 async def last_checkpoint(database: Database, log: Log) -> StoredCheckpoint | None:
     rows = await database.read(CHECKPOINT, (log.id,))
     return StoredCheckpoint(*rows[0]) if rows else None
