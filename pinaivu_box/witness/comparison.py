@@ -93,9 +93,8 @@ class Comparison:
     async def answer(self, asked: Compare) -> Compared:
         """What a peer does not have, and what this box lacks."""
         other = []
-        for signed, seen in self._verified(asked.notes):
-            known = self._known(seen.origin)
-            if known is not None and known.text != signed.text:
+        for _, seen in self._verified(asked.notes):
+            if (known := self._known(seen.origin)) is not None:
                 other.append(_short(str(known)))
         own = self._alarms.documents()
         await self.learn(asked.notes)
@@ -207,11 +206,15 @@ class Comparison:
         return self._newest.get(origin)
 
     def _verified(self, notes: Iterable[str]) -> list[tuple[Note, Checkpoint]]:
+        """Those that logs of members have signed, and that are not what this box has seen last."""
         found = []
         for text in notes:
             try:
                 signed = note.read(text)
                 seen = checkpoint.read(signed)
+                known = self._known(seen.origin)
+                if known is not None and known.text == signed.text:
+                    continue  # which is the most, and needs no signature
                 if self._is_known(seen.node_id) and checkpoint.is_signed(signed, seen):
                     found.append((_only_own(signed, seen), seen))
             except NoteError as error:

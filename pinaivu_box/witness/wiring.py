@@ -14,6 +14,7 @@ from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import Key, NoteError
 from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.witness import rules, selection
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.alarms import Alarms
@@ -50,6 +51,7 @@ class Witnessing:
         self._network: Network | None = None
         self._questions: Questions | None = None
         self.comparison: Comparison | None = None
+        self._comparing = TaskSet()
         self._told: set[str] = set()  # who has said what it knows of this box's log
         self._random = Random()  # noqa: S311, it only spreads questions
 
@@ -74,6 +76,7 @@ class Witnessing:
         self.cosigning.ask_again(peer)
 
     async def close(self) -> None:
+        await self._comparing.cancel()
         await self.cosigning.close()
         if self.comparison is not None:
             await self.comparison.close()
@@ -89,7 +92,7 @@ class Witnessing:
                 log.exception("a round of the witnesses failed")
 
     async def round(self) -> None:
-        """Once, without waiting for cosignatures."""
+        """Once, without waiting for cosignatures or for what others have seen."""
         await self.alarms.open()  # commands may have dismissed some
         linked = self._linked()
         if self._questions is not None and linked:
@@ -97,7 +100,8 @@ class Witnessing:
         await self.cosigning.submit(self._witnesses(linked))
         if self._questions is not None and self.comparison is not None and linked:
             self.comparison.ask_again()
-            await self._compare(self._questions, self.comparison, linked)
+            if not len(self._comparing):
+                self._comparing.spawn(self._compare(self._questions, self.comparison, linked))
 
     def _witnesses(self, linked: Collection[str]) -> dict[str, Ask]:
         """Who is to cosign the log of this box."""
@@ -130,6 +134,7 @@ class Witnessing:
             _, late = await asyncio.wait(tasks, timeout=_KNOWN_SECONDS)
             for task in late:
                 task.cancel()
+            self._told.update(members if late else ())  # else each round would wait for them
         if (last := _latest(found, self._node_id)) is not None:
             await self._own_log.seen_elsewhere(last)
 
@@ -151,6 +156,8 @@ class Witnessing:
                 await questions.ask(peer, give, log_wire.Thanks)
         except PeeringError as error:
             log.debug("a member did not compare: %s", error.message)
+        except Exception:
+            log.exception("what a member has seen could not be compared")
 
     # Who is who
 

@@ -93,7 +93,7 @@ class Witness:
     async def _keep(
         self, head: TreeHead, signed: Note, last: Witnessed | None, statement: bytes
     ) -> NoteSignature:
-        now = max(int(self._clock()), last.cosigned_at if last else 0)
+        now = int(self._clock())
         signature = checkpoint.cosign(self._identity, signed.text, now)
         kept = Witnessed(
             origin=head.origin,

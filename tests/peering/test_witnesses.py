@@ -140,9 +140,13 @@ async def with_liar(home: Path, *names: str) -> AsyncIterator[tuple[list[InProce
 
 async def alarms(box: InProcessBox, *kinds: str) -> list[Any]:
     """Once there are those."""
-    found = box.box.witnessing.alarms.all
-    await wait_until(lambda: sorted(each.kind for each in found.values()) == sorted(kinds))
-    return list(found.values())
+    kept = box.box.witnessing.alarms
+
+    def found() -> list[str]:
+        return sorted(each.kind for each in kept.all.values())
+
+    await wait_until(lambda: found() == sorted(kinds))
+    return list(kept.all.values())
 
 
 # -- boxes that are honest ------------------------------------------------------------------------
