@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.audits.auditor import audit_legs
-from pinaivu_box.audits.contexts import context_of, shifted_with
+from pinaivu_box.audits.contexts import context_of, may_shift, shifted_with
 from pinaivu_box.audits.pending import LegToAudit
 from pinaivu_box.engine.messages import Constraint, LoadModel, ReplayedToken, Sampling, Tools
 from pinaivu_box.gateway.engine_process import EngineProcess
@@ -28,7 +28,7 @@ from pinaivu_box.receipts.receipt import Proof, SignedProof, sampling_record
 from pinaivu_box.receipts.transcript import LegTranscript, PromptTranscript, RequestTranscript
 from tests.support import receipt_vectors
 from tests.support.bare_engine import engine
-from tests.support.engine_harness import add, run
+from tests.support.engine_harness import Heard, add, run
 from tests.support.fake_model import fake_text
 from tests.support.path_runner import made
 
@@ -164,7 +164,10 @@ UNSUITABLE: dict[str, tuple[Callable[[], tuple[RequestTranscript, Change]], str]
         lambda: (transcript(said(), constraint=Constraint("regex", "a*")), {}), "constraint"
     ),
     "too long": (lambda: (transcript(said(195)), {}), "a context of 205 tokens"),
-    "a context of another size": (lambda: (transcript(said()), {"shifted_tokens": 9}), "shifted"),
+    "a context of another size": (
+        lambda: (transcript(said()), {"shifted_tokens": shifted_with(30, len(PROMPT), 30)}),
+        "shifted",
+    ),
     "parameters of a later version": (
         lambda: (transcript(said()), {"sampling": {"seed": "x"}}), "cannot compute it again"
     ),
@@ -181,6 +184,15 @@ async def test_what_cannot_be_audited_says_why(
     (audit,) = await audit_legs(fake, kept, [leg_of(kept, **change)])
     assert audit.verdict == "not auditable" and told in audit.meaning, audit.meaning
     assert verdict_of([audit]) == "not auditable"
+
+
+@pytest.mark.anyio
+async def test_no_context_shifts_so(fake: EngineProcess) -> None:
+    """Who says so does not escape its audit."""
+    kept = transcript(said())
+    for shifted in (-1, 1, 31, 999):
+        (audit,) = await audit_legs(fake, kept, [leg_of(kept, shifted_tokens=shifted)])
+        assert audit.verdict == "differs" and "no context" in audit.meaning
 
 
 @pytest.mark.anyio
@@ -283,6 +295,19 @@ def test_a_context_forgets_as_an_engine_does(prompt: int, output: int) -> None:
         assert context_of(prompt, output, shifted, 200) == 200
         found = context_of(prompt, output, shifted, 0)
         assert found is not None and shifted_with(found, prompt, output) == shifted
+
+
+def test_an_answer_that_was_to_go_on_has_made_room() -> None:
+    """It was cancelled just when its context was full."""
+    engine, _ = made(context=200, shift=True)
+    heard = Heard()
+    engine.receive(add("r", "x" * 90, 300, logprobs=0))
+    while engine.busy and not any(heard.shifted.get("r", [])):
+        heard.take(engine.step())
+    prompt, output = len(heard.prompts["r"]), len(heard.tokens["r"])
+    assert prompt + output == 200
+    assert may_shift(200, prompt, output, heard.shifted["r"][-1])
+    assert shifted_with(200, prompt, output) == 0
 
 
 def test_no_context_forgets_that_many() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from pinaivu_box.audits.contexts import context_of, may_shift
 from pinaivu_box.audits.pending import LegToAudit
 from pinaivu_box.audits.replay import TENANT, Replay, compute_again
 from pinaivu_box.engine.messages import Add, Sampling
@@ -35,12 +36,11 @@ async def audit_legs(
         if not why and proof.choice not in replays:
             replays[proof.choice] = await _replay(engine, transcript, proof)
         replay = why or replays[proof.choice]
-        if not isinstance(replay, str):
-            replay = _other_sizes(transcript, proof, replay) or replay
         if isinstance(replay, str):
             audits.append(not_auditable(proof, replay))
         else:
-            audits.append(_judged(transcript, proof, replay))
+            shift = _wrong_shift(transcript, proof, engine.ready.context, replay)
+            audits.append(shift or _judged(transcript, proof, replay))
     return audits
 
 
@@ -131,15 +131,23 @@ def _asked(transcript: RequestTranscript, proof: Proof) -> dict[str, Any]:
     return asked
 
 
-def _other_sizes(transcript: RequestTranscript, proof: Proof, replay: Replay) -> str:
-    """Whether the context was shifted otherwise: then the numbers are others."""
-    whole = len(replay.tokens) == len(_tokens(transcript, proof))
-    if whole and _is_last(transcript, proof) and proof.shifted_tokens != replay.shifted_tokens:
-        return (
-            f"its context shifted by {proof.shifted_tokens} tokens, and that of the engine here by "
-            f"{replay.shifted_tokens}: it needs a context of the same size"
-        )
-    return ""
+def _wrong_shift(
+    transcript: RequestTranscript, proof: Proof, context: int, replay: Replay
+) -> LegAudit | None:
+    """If the context was shifted otherwise the numbers are others; and if none shifts so, the proof
+    is wrong."""
+    legs = [leg for leg in transcript.legs if leg.choice == proof.choice][: proof.leg + 1]
+    made = sum(len(leg.tokens) for leg in legs)
+    prompt, shifted = proof.prompt_tokens, proof.shifted_tokens
+    if not shifted and not replay.shifted_tokens:
+        return None
+    if shifted and context_of(prompt, made, shifted, context) is None:
+        why = f"no context forgets {shifted} tokens after {prompt} of a prompt and {made} more"
+        return LegAudit(proof.choice, proof.leg, proof.node_id, "differs", why)
+    if may_shift(context, prompt, made, shifted):
+        return None
+    why = f"its context shifted by {shifted} tokens: it needs one of the same size"
+    return not_auditable(proof, f"{why}, and the engine here has {context}")
 
 
 def _judged(transcript: RequestTranscript, proof: Proof, replay: Replay) -> LegAudit:

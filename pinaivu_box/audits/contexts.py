@@ -9,11 +9,11 @@ from __future__ import annotations
 _SHIFT_KEEP_DIVISOR = 4  # `engine.sequence`: at most a quarter stays from the beginning
 
 
-def shifted_with(context: int, prompt: int, output: int) -> int:
-    """How many tokens a context of that size has forgotten after prompt and output.  As long as
-    its last token the output makes no room for another."""
+def shifted_with(context: int, prompt: int, output: int, *, goes_on: bool = False) -> int:
+    """How many tokens a context of that size has forgotten after prompt and output.  The last token
+    makes no room for another one, unless the answer was to go on."""
     length, left, shifted = prompt, output, 0
-    while context - length < left:
+    while context - length < left + goes_on:
         left -= context - length
         beginning = min(prompt, context // _SHIFT_KEEP_DIVISOR)
         dropped = (context - beginning) // 2
@@ -23,14 +23,17 @@ def shifted_with(context: int, prompt: int, output: int) -> int:
     return shifted
 
 
+def may_shift(context: int, prompt: int, output: int, shifted: int) -> bool:
+    """Whether a context of that size may have forgotten so many tokens."""
+    ways = (shifted_with(context, prompt, output, goes_on=goes_on) for goes_on in (False, True))
+    return shifted in ways
+
+
 def context_of(prompt: int, output: int, shifted: int, usual: int) -> int | None:
     """The size of a context that has forgotten so many tokens: the `usual` one if it may be that,
     else the roundest.  None if there is none."""
-    fit = [
-        context
-        for context in range(prompt + 1, prompt + output + 1)
-        if shifted_with(context, prompt, output) == shifted
-    ]
+    sizes = range(prompt + 1, prompt + output + 1)
+    fit = [context for context in sizes if may_shift(context, prompt, output, shifted)]
     if usual in fit:
         return usual
     return max(fit, key=lambda context: (context & -context, context), default=None)
