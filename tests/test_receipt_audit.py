@@ -150,8 +150,7 @@ class Said:
         signed = rfc8785.dumps(self.receipt)
         self.view["signed_receipt"] = signed.decode()
         self.view["coordinator_signature"] = self.identity.sign(RECEIPT_DOMAIN, signed).hex()
-        for name in ("log", "log_proof", "checkpoint"):
-            self.view.pop(name, None)
+        self.view.pop("inclusion", None)  # the log has another one
         receipt, transcript = folder / "receipt.json", folder / "transcript.json"
         receipt.write_text(json.dumps(self.view))
         transcript.write_text(json.dumps(self.kept))
