@@ -121,13 +121,14 @@ class ReceiptLog:
         """As `proofs.of_growth`, of the current log.  Raises InvalidValue, LogDamaged."""
         return await proofs.of_growth(self._database, self.current, old, new)
 
-    async def root(self, size: int) -> bytes:
-        """Of the first `size` entries, which the newest checkpoint covers.  Raises InvalidValue,
-        LogDamaged."""
-        stored = await store.last_checkpoint(self._database, self.current)
-        if not 0 <= size <= (stored.size if stored is not None else 0):
-            raise InvalidValue(f"no checkpoint is of {size} entries", field="size")
-        return await tree.root(self._database, self.current, size)
+    async def growth(self, origin: str, old: int, new: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """The root of the first `old` entries, and the proof that the first `new` begin with them:
+        also of a log that has ended, as far as it goes.  Raises InvalidValue, LogDamaged."""
+        of = next((each for each in self.histories.all if each.origin == origin), None)
+        if of is None or (of.size is not None and new > of.size):
+            raise InvalidValue("there is no such log, or not so much of it", field="origin")
+        proof = await proofs.of_growth(self._database, of, old, new)
+        return await tree.root(self._database, of, old), proof
 
     def statement(self) -> bytes:
         """What the box has signed about the log before this one, as JSON; empty if it has not."""

@@ -183,8 +183,10 @@ class Comparison:
         if answer.status == 429:
             return
         stated = read_statement(answer.restart)
-        if stated and stated.previous_origin == first.origin:
-            return  # it was given up: what was lost is told when its successor is cosigned
+        if stated is not None and stated.node_id == first.node_id:
+            epoch = checkpoint.epoch_of(stated.origin)
+            if epoch > checkpoint.epoch_of(first.origin):
+                return  # it was given up: what was lost is told when its successor is cosigned
         await self._unproven(first, second)
 
     async def _unproven(self, first: Checkpoint, second: Checkpoint) -> None:

@@ -19,8 +19,8 @@ class OwnLog(Protocol):
     async def consistency(self, old: int, new: int) -> tuple[bytes, ...]:
         """The hashes which prove that the first `new` entries begin with the first `old`."""
 
-    async def root(self, size: int) -> bytes:
-        """Of the first `size` entries."""
+    async def growth(self, origin: str, old: int, new: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """The root of the first `old` entries, and the proof; of this log, or of an earlier one."""
 
     def statement(self) -> bytes:
         """With which the log began, if it followed another: JSON of a `log.restart.SignedRestart`;

@@ -6,7 +6,7 @@ import logging
 import time
 
 from pinaivu_box.bounded import BoundedDict
-from pinaivu_box.errors import LinkLost, StoreError
+from pinaivu_box.errors import InvalidValue, LinkLost, StoreError
 from pinaivu_box.gossip.adverts import TokenBucket
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError
@@ -93,15 +93,13 @@ class LogServer:
         return log_wire.Cosigned(cosignature.line)
 
     async def _prove(self, asked: log_wire.AskConsistency) -> Answer:
-        why = "The log of this box is another one, or does not have so many entries."
-        lacking = Declined(404, why, self._own_log.statement())
-        if asked.origin != self._own_log.origin or not 0 < asked.old <= asked.new:
-            return lacking
         try:
-            root = await self._own_log.root(asked.old)
-            proof = await self._own_log.consistency(asked.old, asked.new)
+            if not 0 < asked.old <= asked.new:
+                raise InvalidValue("not a range of sizes", field="old")
+            root, proof = await self._own_log.growth(asked.origin, asked.old, asked.new)
         except StoreError:
-            return lacking
+            why = "This box does not have the log, or not so many entries of it."
+            return Declined(404, why, self._own_log.statement())
         return log_wire.Consistency(root, proof)
 
 

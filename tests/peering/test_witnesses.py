@@ -19,6 +19,7 @@ import pytest
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, entry_proof, evidence, note
+from pinaivu_box.log.merkle import is_consistent
 from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
 from pinaivu_box.store import log as store
 from pinaivu_box.store import witnessed
@@ -532,6 +533,34 @@ async def test_a_database_that_was_set_back_is_a_restart_and_no_fork(tmp_path: P
             assert not ben.box.witnessing.alarms.forked(anna_id)
             stated = msgspec.json.decode(known.logs_of(anna_id)[-1].restart)
             assert "\\n5\\n" in stated["signed"] and origin in stated["signed"]
+
+
+async def test_a_log_that_has_ended_still_proves_what_it_was(tmp_path: Path) -> None:
+    async with with_liar(tmp_path, "anna") as ((anna,), asker):
+        log = anna.box.receipt_log
+        notes = {}
+        for size in (4, 7):
+            await write_receipts(anna, size)
+            signed = await log.checkpoint()
+            notes[size] = checkpoint.read(signed)
+        await log.histories.begin("A test has ended it.", None)
+        await write_receipts(anna, 3)
+        origin = notes[4].origin
+        assert log.origin != origin
+        ask = log_wire.AskConsistency(origin, 4, 7)
+        proven = await soon(asker.questions.ask(anna.node_id, ask, log_wire.Consistency))
+        assert isinstance(proven, log_wire.Consistency) and proven.root == notes[4].root
+        assert is_consistent(4, notes[4].root, 7, notes[7].root, proven.proof)
+        # What it never had belongs to the next one: no proof, and what it has stated instead.
+        for question in (
+            log_wire.AskConsistency(origin, 4, 9),
+            log_wire.AskConsistency(origin, 0, 4),
+            log_wire.AskConsistency(origin, 7, 4),
+            log_wire.AskConsistency("elsewhere", 1, 2),
+        ):
+            refused = await soon(asker.questions.ask(anna.node_id, question, log_wire.Consistency))
+            assert isinstance(refused, log_wire.Declined)
+            assert origin.encode() in refused.restart
 
 
 async def test_a_disk_that_was_lost_is_a_restart_and_no_fork(tmp_path: Path) -> None:
