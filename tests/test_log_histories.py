@@ -12,9 +12,10 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import pytest
 from nacl.signing import SigningKey
@@ -29,9 +30,11 @@ from pinaivu_box.log.merkle import is_consistent
 from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import Tile, TilePath
+from pinaivu_box.receipt_log import last_shown
+from pinaivu_box.receipt_log import service as service_module
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store import retention
-from pinaivu_box.store.database import Database
+from pinaivu_box.store.database import Database, SqlStatement
 from tests.support.fake_model import FAKE, ask_fake_model
 from tests.support.in_process_command import run_command
 from tests.support.process_box import Box, wait_until
@@ -519,3 +522,66 @@ def test_hashes_that_were_changed_are_made_anew(long: Any, tmp_path: Path) -> No
 
     assert len(with_service(tmp_path / "home", look)) == 1
     assert not any("stored hash" in message for message in findings(tmp_path / "home"))
+
+
+# -- what goes, and what cannot be made ------------------------------------------------------------
+
+
+def test_an_erased_account_leaves_its_receipts_proven(home: Path, used: Any) -> None:
+    with running(home, used[2]) as box:
+        box.http("POST", "/v1/admin/accounts", json={"name": "ada"})
+        made = box.http("POST", "/v1/admin/keys", json={"account": "ada"}).json()
+        body = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        answer = box.http("POST", "/v1/chat/completions", key=made["key"], json=body)
+        request_id = answer.json()["request_id"]
+        before = proven(box, request_id)
+        run_command("accounts", "erase", "ada", "--yes", home=home)
+        assert proven(box, request_id).index == before.index
+        box.stop()
+    assert findings(home) == []
+
+
+def test_a_checkpoint_is_made_once_a_second_at_most(home: Path) -> None:
+    async def ask(service: ReceiptLog, _database: Database) -> list[int]:
+        sizes = []
+        for seconds in (0.0, 1e9, 0.0):
+            grow(home, [bytes(32)])
+            with patch.object(service_module, "_MIN_SECONDS", seconds):
+                sizes.append(checkpoint.read(await service.checkpoint()).size)
+        return sizes
+
+    assert with_log(home, ask) == [6, 6, 8]
+
+
+def test_a_receipt_is_shown_where_no_checkpoint_can_be_made(home: Path, used: Any) -> None:
+    async def ask(service: ReceiptLog, _database: Database) -> None:
+        grow(home, [bytes(32)])
+        with patch.object(last_shown, "write", side_effect=OSError(28, "No space left on device")):
+            assert await service.inclusion("req_none") is None
+            await service.cover()  # says so in the log file
+            latest = await service.latest()
+            assert latest is not None and latest.size == 5  # nobody was shown another
+        assert await service.inclusion(used[1][0]) is not None
+
+    with_log(home, ask)
+
+
+def test_a_receipt_that_gets_another_entry_meanwhile_is_deleted_with_that_one(home: Path) -> None:
+    """Retention reads what is old, another log begins, and only then does it delete."""
+    query(home, "UPDATE receipts SET created_at = 0 WHERE log_entry < 3")
+
+    async def retain(service: ReceiptLog, database: Database) -> None:
+        async def late(entries: Sequence[int]) -> Sequence[SqlStatement]:
+            if not begun:
+                begun.append(True)
+                await database.write(("DELETE FROM log_checkpoints", ()))
+                await service.histories.begin("A test begins another log.", None)
+            return await service.removals(entries)
+
+        begun: list[bool] = []
+        for _ in range(2):  # an hour later
+            await retention.apply(database, RetentionConfig(receipts="30d"), 10**12, late)
+
+    with_log(home, retain)
+    assert query(home, "SELECT count(*) FROM receipts") == [(3,)]
+    assert findings(home) == []

@@ -108,12 +108,12 @@ class ReceiptLog:
         return found
 
     async def inclusion(self, request_id: str) -> str | None:
-        """`entry_proof` as text, for who wants the receipt first of all: None too if the log is
-        damaged, which is logged."""
+        """`entry_proof` as text, for who wants the receipt first of all: None too if there can be
+        none now (the log is damaged, the disk is full), which is logged."""
         try:
             proof = await self.entry_proof(request_id)
-        except LogDamaged as error:
-            log.error("%s", error.message)
+        except (LogDamaged, OSError, sqlite3.Error) as error:
+            log.error("%s has no proof of inclusion: %s", request_id, error)
             return None
         return str(proof) if proof is not None else None
 

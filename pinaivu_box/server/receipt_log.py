@@ -5,13 +5,13 @@ from __future__ import annotations
 from msgspec import Struct
 from starlette.requests import Request
 
-from pinaivu_box.errors import InvalidBody, InvalidValue, NotFound, ReceiptNotFound
+from pinaivu_box.errors import InternalError, InvalidBody, InvalidValue, NotFound, ReceiptNotFound
 from pinaivu_box.log import checkpoint, entry_proof, tiles
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.plain import Octets, PlainText
 from pinaivu_box.server.receipts import receipt_of
-from pinaivu_box.store.log import Log, StoredCheckpoint
+from pinaivu_box.store.log import Log, LogDamaged, StoredCheckpoint
 from pinaivu_box.text import number
 
 _FOR_EVER = {"cache-control": "private, max-age=31536000, immutable"}
@@ -67,9 +67,14 @@ async def get_checkpoint(request: Request) -> PlainText:
 
 
 async def get_proof(request: Request, request_id: str) -> PlainText:
-    """Raises ReceiptNotFound."""
+    """Raises ReceiptNotFound, InternalError."""
     await receipt_of(request, request_id)
-    proof = await box_of(request).receipt_log.entry_proof(request_id)
+    try:
+        proof = await box_of(request).receipt_log.entry_proof(request_id)
+    except LogDamaged as error:
+        raise InternalError(
+            f"The log was changed behind the box's back: {error.message}."
+        ) from None
     if proof is None:
         raise ReceiptNotFound(
             f"The receipt of {request_id} is not in the log: 'pinaivu receipts verify --all' says "

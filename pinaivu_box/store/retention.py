@@ -87,7 +87,12 @@ OWNERS = (  # of sums of usage
 # The statements that record, in the transaction that deletes receipts, that those of the entries
 # with these ids were deleted: the log shows that they were there.
 Removals = Callable[[Sequence[int]], Awaitable[Sequence[SqlStatement]]]
-_DELETE_RECEIPTS = "DELETE FROM receipts WHERE rowid IN (SELECT value FROM json_each(?))"
+# Of pairs of a row and its entry: one that has got another entry meanwhile stays for the next look.
+_DELETE_RECEIPTS = (
+    "DELETE FROM receipts WHERE rowid IN (SELECT r.rowid FROM json_each(?) AS pair"
+    " JOIN receipts AS r ON r.rowid = json_extract(pair.value, '$[0]')"
+    " WHERE r.log_entry IS json_extract(pair.value, '$[1]'))"
+)
 
 
 async def apply_hourly(
@@ -171,8 +176,8 @@ async def _remove_receipts(database: Database, before: int, removals: Removals) 
         rows = await database.read(OLD_ROWS["receipts"], (MAX_ROWS, before))
         if count := len(rows):
             recorded = await removals([entry for _, entry in rows if entry is not None])
-            ids = msgspec.json.encode([rowid for rowid, _ in rows]).decode()
-            await database.write(*recorded, (_DELETE_RECEIPTS, (ids,)))
+            pairs = msgspec.json.encode([tuple(row) for row in rows]).decode()
+            await database.write(*recorded, (_DELETE_RECEIPTS, (pairs,)))
         await asyncio.sleep(time.monotonic() - began)
 
 
