@@ -360,6 +360,17 @@ async def test_of_a_log_that_forks_each_time_only_the_first_are_kept(world: Worl
     assert len(world.alarms.all) == witnessed.MAX_ALARMS_PER_LOG
 
 
+async def test_of_a_box_that_begins_logs_without_end_the_first_are_kept(world: World) -> None:
+    await world.add(written(3).submission(0))
+    for epoch in range(1_700_000_000_001, 1_700_000_000_041):
+        fresh = written(2, epoch=epoch)
+        for _ in range(3):
+            await world.refused(fresh.submission(0), by_log=True)
+    kinds = {alarm.kind for alarm in world.alarms.all.values()}
+    assert kinds == {"no-statement"}
+    assert len(world.alarms.all) == witnessed.MAX_ALARMS_PER_BOX
+
+
 # -- restarts -------------------------------------------------------------------------------------
 
 

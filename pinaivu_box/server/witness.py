@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import time
 
 from starlette.requests import Request
@@ -48,9 +47,9 @@ async def add_checkpoint(request: Request) -> PlainText:
 
 async def get_checkpoint(request: Request, origin_hash: str) -> PlainText:
     """The last checkpoint of a log that this witness cosigned, with both signatures."""
-    for last in box_of(request).witnessing.witness.last.values():
-        if hashlib.sha256(last.origin.encode()).hexdigest() == origin_hash:
-            return PlainText(last.note)
+    last = box_of(request).witnessing.witness.named(origin_hash)
+    if last is not None:
+        return PlainText(last.note)
     return _refused(404, "This witness has cosigned no checkpoint of that log.")
 
 

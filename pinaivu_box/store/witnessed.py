@@ -57,9 +57,10 @@ COUNTING = (
     " (SELECT origin FROM log_alarms WHERE dismissed) ORDER BY found_at, id"
 )
 LOUD: tuple[AlarmKind, ...] = ("fork", "no-statement")  # kinds that accuse
-MAX_ALARMS_PER_LOG = 4  # of a kind: the first say it
+MAX_ALARMS_PER_LOG, MAX_ALARMS_PER_BOX = 4, 16  # of a kind: the first say it
 _ADD = f"""INSERT OR IGNORE INTO log_alarms ({_ALARM}) SELECT ?, ?, ?, ?, ?, ?, ?, ?
-    WHERE (SELECT count(*) FROM log_alarms WHERE origin = ? AND kind = ?) < ?"""
+    WHERE (SELECT count(*) FROM log_alarms WHERE origin = ? AND kind = ?) < ?
+    AND (SELECT count(*) FROM log_alarms WHERE node_id = ? AND kind = ?) < ?"""
 
 
 async def load(database: Database) -> list[Witnessed]:
@@ -75,10 +76,11 @@ async def keep(database: Database, new: Witnessed, last: Witnessed | None) -> bo
 
 
 async def add_alarm(database: Database, alarm: Alarm) -> bool:
-    """Returns whether it is new, and not one of too many about one log."""
+    """Returns whether it is new, and not one of too many about one log or box."""
     fields = msgspec.structs.astuple(alarm)
-    limit = (alarm.origin, alarm.kind, MAX_ALARMS_PER_LOG)
-    (count,) = await database.write((_ADD, (*fields, *limit)))
+    of_log = (alarm.origin, alarm.kind, MAX_ALARMS_PER_LOG)
+    of_box = (alarm.node_id, alarm.kind, MAX_ALARMS_PER_BOX)
+    (count,) = await database.write((_ADD, (*fields, *of_log, *of_box)))
     return count == 1
 
 

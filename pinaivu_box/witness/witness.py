@@ -9,6 +9,7 @@ operator is told; without one nothing is cosigned.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -54,11 +55,21 @@ class Witness:
         self._identity, self._database, self._alarms = identity, database, alarms
         self._key_of, self._clock = key_of, clock
         self.last: dict[str, Witnessed] = {}  # by origin, as on disk
+        self._origins: dict[str, str] = {}  # by their SHA-256 in hex
         self._silent: BoundedDict[str, int] = BoundedDict(1024)  # new logs without statements
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def open(self) -> None:
-        self.last = {each.origin: each for each in await witnessed.load(self._database)}
+        for each in await witnessed.load(self._database):
+            self._note(each)
+
+    def _note(self, new: Witnessed) -> None:
+        self.last[new.origin] = new
+        self._origins[hashlib.sha256(new.origin.encode()).hexdigest()] = new.origin
+
+    def named(self, origin_hash: str) -> Witnessed | None:
+        """By the SHA-256 of its origin, in hex."""
+        return self.last.get(self._origins.get(origin_hash, ""))
 
     def logs_of(self, node_id: str) -> list[Witnessed]:
         """The histories of a box that are known here, the oldest first."""
@@ -106,7 +117,7 @@ class Witness:
         )
         if not await witnessed.keep(self._database, kept, last):
             raise Rejected(409, "Another checkpoint was cosigned meanwhile.", head.size)
-        self.last[head.origin] = kept
+        self._note(kept)
         return signature
 
     async def _check_fork(
