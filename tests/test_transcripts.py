@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Callable
@@ -17,16 +18,22 @@ from nacl.public import PrivateKey
 
 from pinaivu_box.config import RetentionConfig
 from pinaivu_box.errors import Unreadable
+from pinaivu_box.gateway.asked import asked_text
+from pinaivu_box.gateway.backend import UpstreamModel
+from pinaivu_box.gateway.records import RequestRecord
+from pinaivu_box.gateway.transcripts import to_store, transcript_of
+from pinaivu_box.receipts import commitment, transcript_sealing
 from pinaivu_box.receipts import transcript as transcripts
-from pinaivu_box.receipts import transcript_sealing
 from pinaivu_box.receipts.receipt import ReceiptView, SignedProof
 from pinaivu_box.receipts.transcript import RequestTranscript
 from pinaivu_box.receipts.verify import read_statement
 from pinaivu_box.store import keys, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
+from tests.support import audited_legs
 from tests.support.fake_model import FAKE, fake_text
 from tests.support.in_process_command import run_command, run_command_json
+from tests.support.keys import IDENTITIES
 from tests.support.pages import PASSWORD, logged_in, make_account
 from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.unlogged import unlogged
@@ -52,6 +59,47 @@ def test_only_the_secret_opens_what_is_sealed() -> None:
     for wrong, secret in ((sealed, OTHER), (changed, SECRET), (b"", SECRET)):
         with pytest.raises(Unreadable):
             transcript_sealing.open_sealed(wrong, secret)
+
+
+# -- what is in one ------------------------------------------------------------------------------
+
+
+def lost_and_gone_on(record: RequestRecord) -> RequestRecord:
+    """With another leg of the first choice."""
+    first = record.choices[0]
+    job = dataclasses.replace(first.job, leg=1, output=first.tokens)
+    first.legs.append(audited_legs.leg(IDENTITIES[1], job, "And so on."))
+    return record
+
+
+def test_all_legs_of_all_choices_are_in_it() -> None:
+    record = lost_and_gone_on(audited_legs.request(IDENTITIES[0], legs=2))
+    transcript = transcript_of(record)
+    assert transcript is not None
+    assert [(one.choice, one.leg, one.text) for one in transcript.legs] == [
+        (0, 0, "A spotted answer."), (0, 1, "And so on."), (1, 0, "A spotted answer.")
+    ]  # fmt: skip
+    assert len(transcript.prompts) == 1  # choices share it
+    for leg in record.served:
+        assert leg.proved is not None
+        tokens = leg.prompt or []
+        _, opening = commitment.commit(asked_text(leg.job), tokens, leg.job.nonce)
+        proof, output = leg.proved.proof, leg.proved.opening
+        assert transcripts.mismatch(transcript, proof, opening, output) == ""
+        assert transcripts.mismatch(transcript, proof, output, opening) != ""
+
+
+def test_nothing_is_kept_of_what_nobody_can_audit() -> None:
+    key = audited_legs.key()
+    plain = audited_legs.request(IDENTITIES[0])
+    assert to_store(plain, key, "plain") is not None and to_store(plain, key, "none") is None
+    image = audited_legs.request(IDENTITIES[0], images={"00": b"GIF"})
+    vectors = audited_legs.request(IDENTITIES[0], inputs=["a text"])
+    upstream = audited_legs.request(IDENTITIES[0])
+    (leg,) = upstream.served
+    leg.started = dataclasses.replace(leg.started, upstream=UpstreamModel("gpu", "m"))
+    for record in (image, vectors, upstream):
+        assert to_store(record, key, "plain") is None and to_store(record, key, "sealed") is None
 
 
 # -- a box that keeps them -----------------------------------------------------------------------

@@ -364,10 +364,10 @@ class RunningRequests:
             ran = (record.elapsed_ms() - record.queue_ms) / 1000
             before = self._service.get(model_id, ran)
             self._service[model_id] = before + (ran - before) * _NEWEST
-        if record.metered:
-            self.receipted(record, request.key)
         self._metrics.observe(record, request.status)
         self.activity.ended(record, request.key, request.status)
+        if record.metered:
+            self.receipted(record, request.key)
 
     async def drained(self) -> None:
         """Wait until none is left."""
