@@ -238,7 +238,7 @@ def test_a_clock_that_was_set_back(home: Path) -> None:
     execute(home, "UPDATE receipts SET signed = ? WHERE request_id = ?", changed, request_id)
     found = doctor(home)
     # The same change shows that receipts cannot be changed unnoticed.
-    assert failed(found) == ["clock", "identity"]
+    assert failed(found) == ["clock", "identity", "log"]
     assert shown in found["clock"]["found"] and "signature" in found["identity"]["found"]
 
 
