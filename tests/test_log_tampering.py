@@ -311,3 +311,24 @@ def test_a_forged_beginning(home: Path, ids: list[str]) -> None:
         ),
     )
     assert "forged: the beginning of a log is not signed by this box" in verified(home)
+
+
+def test_verify_all_of_another_key(home: Path) -> None:
+    other = home / "identity.key"
+    other.write_text("11" * 32 + "\n")
+    (found,) = verified(home)
+    assert found.startswith("forged: the log is that of node_") and "identity.key is" in found
+
+
+def test_verify_says_what_it_needs(tmp_path: Path) -> None:
+    done = run_command("receipts", "verify", home=tmp_path, check=False)
+    assert done.returncode == 2 and "--all" in done.stderr
+    done = run_command("receipts", "verify", "--all", home=tmp_path, check=False)
+    assert done.returncode == 1 and "There is no log of receipts" in done.stderr
+
+
+def test_verify_all_says_how_much_it_looked_at(home: Path) -> None:
+    done = run_command("receipts", "verify", "--all", home=home)
+    assert done.stdout == (
+        "ok     6 receipts, 6 entries of the log: all as they were signed, and none is missing\n"
+    )
