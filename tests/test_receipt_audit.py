@@ -214,6 +214,19 @@ def test_a_cheat_is_found(
         assert first["position"] == said.proof["prompt_tokens"] + first["index"]
 
 
+def test_the_first_difference_is_told_in_a_sentence(box: Box, honest: str, tmp_path: Path) -> None:
+    said = Said(box, honest)
+    other_token(said)
+    said.commit()
+    done = pinaivu("receipts", "audit", *said.write(tmp_path), home=box.home, check=False)
+    told = said.proof["prompt_tokens"] + 7
+    recorded = said.leg["tokens"][7]
+    assert done.returncode == 1 and f"{said.proof['request_id']}: differs." in done.stdout
+    assert f"at position {told} (token 8 of the answer, seed 5) token {recorded} (logit " in (
+        done.stdout
+    )
+
+
 def test_what_was_not_changed_agrees_from_files_too(box: Box, honest: str, tmp_path: Path) -> None:
     said = Said(box, honest)
     said.commit()

@@ -16,8 +16,9 @@ from pinaivu_box.engine.messages import Add, Constraint, LoadModel, Output
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.models import bundled
 from pinaivu_box.receipts.audit import digest_of
-from tests.support.bare_engine import engine
+from tests.support.bare_engine import engine, ready_of
 from tests.support.engine_harness import add, sampling
+from tests.support.gguf_files import with_number
 
 pytestmark = pytest.mark.anyio
 STORY = "Write a short story about a fox and a hen, in simple words."
@@ -116,6 +117,22 @@ async def test_the_numbers_are_the_same(
     request = add("r", **more)
     first = await served(serving, request, beside=4)
     assert same(first, await compute_again(auditing, request, first.tokens))
+
+
+@needs_variant
+async def test_a_context_that_was_made_longer_is_another_exactness(tmp_path: Path) -> None:
+    """LongRoPE has other factors beyond the original one, and so other bits."""
+    location = bundled.find()
+    assert location
+    path = tmp_path / "longer.gguf"
+    name = "llama.rope.scaling.original_context_length"
+    path.write_bytes(with_number(location.path.read_bytes(), name, 1024))
+    sizes = {"path": str(path), "offset": 0, "max_sequences": 1}
+    for context, is_long in ((1024, False), (1280, True)):
+        load = load_of(context=context, kv_tokens=context)
+        ready = await ready_of(msgspec.structs.replace(load, **sizes))
+        assert ready.exactness.startswith("bitwise:")
+        assert ready.exactness.endswith(" long") is is_long
 
 
 @needs_variant

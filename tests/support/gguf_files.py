@@ -191,6 +191,14 @@ def with_word(source: bytes, name: str, value: bytes) -> bytes:
     return head + struct.pack("<Q", count + 1) + added + source[24:]
 
 
+def with_number(source: bytes, name: str, value: int) -> bytes:
+    """A GGUF file with one number more, and filling, so that its tensors stay where they are."""
+    added, filling = u32(name, value), "general.filling"
+    added += word(filling, " " * (-len(added + word(filling, "")) % ALIGNMENT))
+    head, count = source[:16], struct.unpack_from("<Q", source, 16)[0]
+    return head + struct.pack("<Q", count + 2) + added + source[24:]
+
+
 def _after_text_and_kind(data: bytes, at: int) -> tuple[int, int]:
     at += 8 + struct.unpack_from("<Q", data, at)[0]
     return at + 4, struct.unpack_from("<I", data, at)[0]
