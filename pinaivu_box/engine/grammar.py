@@ -72,7 +72,7 @@ class CpuBudget:
 
 
 class Unbounded(CpuBudget):
-    """For an answer that is computed again."""
+    """One of which nothing is ever spent."""
 
     def spend(self, seconds: float) -> None:
         return None
@@ -85,6 +85,10 @@ class Grammar:
     def __init__(self, matcher: LLMatcher, budget: CpuBudget) -> None:
         self._matcher = matcher
         self._budget = budget
+
+    def drop_budget(self) -> None:
+        """For an answer that is computed again: it was followed within a budget before."""
+        self._budget = Unbounded()
 
     @property
     def done(self) -> bool:
@@ -161,15 +165,9 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(
-        self,
-        constraint: OutputConstraint,
-        tenant: str,
-        cancellation: Cancellation | None,
-        *,
-        bounded: bool = True,
+        self, constraint: OutputConstraint, tenant: str, cancellation: Cancellation | None
     ) -> Grammar | None:
-        """Returns None if everything is allowed; what is not `bounded` has no budget, since it was
-        followed within one before.  Raises InvalidBody for what is no grammar, or
+        """Returns None if everything is allowed.  Raises InvalidBody for what is no grammar, or
         none that can be followed within the limits; SandboxCancelled."""
         payload = msgspec.msgpack.encode(constraint)
         key = _Key(tenant, hashlib.sha256(payload).digest())
@@ -185,8 +183,7 @@ class GrammarCompiler:
         if compiled is None:
             return None
         with self._lock:  # the cached matcher must not be copied twice at the same time
-            budget = self._budget(tenant) if bounded else Unbounded()
-            return Grammar(compiled.deep_copy(), budget)
+            return Grammar(compiled.deep_copy(), self._budget(tenant))
 
     def _compile(
         self, constraint: OutputConstraint, payload: bytes, cancellation: Cancellation | None

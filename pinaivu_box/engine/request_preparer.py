@@ -382,9 +382,11 @@ class RequestPreparer:
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
             constraint = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
             sequence.grammar = grammar = self._grammars.compile(
-                constraint, add.tenant, cancellation, bounded=add.replay is None
+                constraint, add.tenant, cancellation
             )
             if grammar is not None:
+                if add.replay is not None:
+                    grammar.drop_budget()
                 for token in add.output:
                     grammar.take(token)
         except Exception as error:
