@@ -585,3 +585,16 @@ def test_a_receipt_that_gets_another_entry_meanwhile_is_deleted_with_that_one(ho
     with_log(home, retain)
     assert query(home, "SELECT count(*) FROM receipts") == [(3,)]
     assert findings(home) == []
+
+
+def test_proofs_that_are_asked_for_at_once_share_a_checkpoint(home: Path, used: Any) -> None:
+    query(home, "DELETE FROM log_checkpoints")
+
+    async def ask(service: ReceiptLog, _database: Database) -> int:
+        heard: list[Note] = []
+        service.listeners.append(heard.append)
+        proofs = await asyncio.gather(*(service.entry_proof(one) for one in used[1]))
+        assert [proof.index for proof in proofs if proof is not None] == [0, 1, 2, 3, 4]
+        return len(heard)
+
+    assert with_log(home, ask) == 1

@@ -34,6 +34,7 @@ from pinaivu_box.store.times import now_ms
 log = logging.getLogger("pinaivu.log")
 
 _MIN_SECONDS = 1.0  # between two checkpoints that nobody needs for a proof
+_MIN_SECONDS_FOR_PROOFS = 0.1  # before one that a proof waits for: cosignatures come for those kept
 _COVERED_AFTER_SECONDS = 10.0  # an entry is covered by a checkpoint, if nobody asks for one before
 _MAX_RANGES = 64  # of a statement of removals, before another begins
 
@@ -51,6 +52,7 @@ class ReceiptLog:
         self.listeners: list[Callable[[Note], None]] = []
         self.covered = 0  # entries, by the checkpoint that was made last
         self._made_at = -_MIN_SECONDS
+        self._proving = asyncio.Lock()  # held by who waits for a checkpoint that covers a receipt
         self._lock = asyncio.Lock()  # held while a checkpoint is made, or another log begins
 
     @property
@@ -99,13 +101,20 @@ class ReceiptLog:
         return await store.last_checkpoint(self._database, of or self.current)
 
     async def entry_proof(self, request_id: str) -> EntryProof | None:
-        """As `proofs.of_receipt`, after a new checkpoint if none covers the receipt yet.  Raises
-        LogDamaged."""
-        found = await proofs.of_receipt(self._database, self.histories.all, request_id)
-        if found is None:
+        """As `proofs.of_receipt`, after a new checkpoint if none covers the receipt yet: ten a
+        second at most, which those who ask meanwhile share.  Raises LogDamaged."""
+        if found := await self._proof(request_id):
+            return found
+        async with self._proving:
+            if found := await self._proof(request_id):
+                return found
+            pause = self._made_at + _MIN_SECONDS_FOR_PROOFS - time.monotonic()
+            await asyncio.sleep(max(0.0, pause))
             await self._newest()
-            found = await proofs.of_receipt(self._database, self.histories.all, request_id)
-        return found
+            return await self._proof(request_id)
+
+    async def _proof(self, request_id: str) -> EntryProof | None:
+        return await proofs.of_receipt(self._database, self.histories.all, request_id)
 
     async def inclusion(self, request_id: str) -> str | None:
         """`entry_proof` as text, for who wants the receipt first of all: None too if there can be
