@@ -121,6 +121,9 @@ def _other_trees() -> Inclusions:
     return {
         "another_index": replace(right, index=4),
         "an_index_beyond": replace(right, index=7),
+        # These lead to the root, if nobody looks at the size.
+        "an_index_beyond_a_single_entry": replace(alone, index=1),
+        "an_index_beyond_a_full_tree": replace(entry_proof_of(5, 8), index=13),
         "an_index_of_16_digits": replace(right, index=10**16 - 1),
         "another_hash": replace(right, hashes=(first, second, bytes(32))),
         "a_hash_missing": replace(right, hashes=(first, second)),
