@@ -81,6 +81,7 @@ class InProcessBox:
         """What it thinks of others, as if nothing had happened."""
         breaker: Any = self.pool.boxes.breaker
         self.pool.reputation.opinions.clear()
+        self.pool.reputation.changed.clear()  # or the next save, a minute on, looks for them
         candidates: Any = self.pool.candidates
         for kept in (breaker._failures, candidates._conversations, candidates._states):
             kept.clear()
