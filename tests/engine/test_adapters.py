@@ -73,6 +73,14 @@ class Answer:
             runner.close()
 
 
+def are_alike(one: Answer, other: Answer) -> bool:
+    """Up to rounding: each processor quantises activations in its own way, and what that makes of
+    the smallest difference grows from token to token.  The first ones tell a scale of 0.45 from
+    one of 0.5."""
+    difference = np.abs(one.logits - other.logits)
+    return bool(difference[:2].max() < 0.1 and difference.mean() < 0.1)
+
+
 def test_an_adapter_changes_what_the_model_says_as_one_that_was_merged_by_hand(
     files: Files,
 ) -> None:
@@ -82,7 +90,8 @@ def test_an_adapter_changes_what_the_model_says_as_one_that_was_merged_by_hand(
     assert np.abs(adapted.logits - base.logits).max() > 1
     assert adapted.tokens[:SURE] != base.tokens[:SURE]
     assert adapted.tokens[:SURE] == merged.tokens[:SURE]
-    assert np.abs(adapted.logits - merged.logits).max() < 0.1
+    assert are_alike(adapted, merged)
+    assert not are_alike(Answer(files.base, Adapter(files.adapter, 0.45)), merged)
     # Also where texts are embedded, in a context of its own.
     assert np.abs(adapted.vector - base.vector).max() > 0.01
 
@@ -91,7 +100,7 @@ def test_two_adapters_are_added_up(files: Files) -> None:
     halves = [Adapter(files.adapter, 0.25), Adapter(files.adapter, 0.25)]
     added, merged = Answer(files.base, *halves), Answer(files.merged)
     assert added.tokens[:SURE] == merged.tokens[:SURE]
-    assert np.abs(added.logits - merged.logits).max() < 0.1
+    assert are_alike(added, merged)
 
 
 def test_an_adapter_of_scale_0_changes_nothing(files: Files) -> None:
