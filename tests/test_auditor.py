@@ -312,3 +312,15 @@ def test_an_answer_that_was_to_go_on_has_made_room() -> None:
 
 def test_no_context_forgets_that_many() -> None:
     assert context_of(10, 100, 10_000, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "shifted"),
+    [(0, 10, 5), (0, 2, 1), (1, 200_000, 199_999), (5, 2**53 - 1, 2**52), (-9, 50, 20)],
+)
+def test_numbers_that_a_node_made_up_are_looked_at_in_the_end(
+    prompt: int, output: int, shifted: int
+) -> None:
+    """Who signs a proof chooses them: a context of one token forgets nothing, for ever."""
+    found = context_of(prompt, output, shifted, 4096)
+    assert found is None or may_shift(found, prompt, output, shifted)

@@ -7,19 +7,23 @@ Few sizes lead to the same number.
 from __future__ import annotations
 
 _SHIFT_KEEP_DIVISOR = 4  # `engine.sequence`: at most a quarter stays from the beginning
+_SMALLEST = 2  # of a smaller one, nothing can be forgotten
+_MAX_SIZES = 2**20  # that are tried: who signs a proof chooses its numbers
 
 
 def shifted_with(context: int, prompt: int, output: int, *, goes_on: bool = False) -> int:
-    """How many tokens a context of that size has forgotten after prompt and output.  The last token
-    makes no room for another one, unless the answer was to go on."""
-    length, left, shifted = prompt, output, 0
-    while context - length < left + goes_on:
+    """How many tokens a context of that size, at least 2, has forgotten after prompt and output.
+    The last token makes no room for another one, unless the answer was to go on."""
+    length, left, shifted = prompt, output + goes_on, 0
+    while context - length < left:
         left -= context - length
         beginning = min(prompt, context // _SHIFT_KEEP_DIVISOR)
         dropped = (context - beginning) // 2
         length = context - dropped
-        prompt = max(beginning, prompt - dropped)
         shifted += dropped
+        if prompt == beginning:  # each shift from now on is like this one
+            return shifted + max(0, left - 1) // dropped * dropped
+        prompt = max(beginning, prompt - dropped)
     return shifted
 
 
@@ -32,7 +36,7 @@ def may_shift(context: int, prompt: int, output: int, shifted: int) -> bool:
 def context_of(prompt: int, output: int, shifted: int, usual: int) -> int | None:
     """The size of a context that has forgotten so many tokens: the `usual` one if it may be that,
     else the roundest.  None if there is none."""
-    sizes = range(prompt + 1, prompt + output + 1)
+    sizes = range(max(_SMALLEST, prompt + 1), prompt + output + 1)[:_MAX_SIZES]
     fit = [context for context in sizes if may_shift(context, prompt, output, shifted)]
     if usual in fit:
         return usual
