@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import click
 from msgspec import Struct
 
+from pinaivu_box.cli import documents
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_json, time_text
@@ -57,8 +57,8 @@ def evidence(call: Call, id_or_file: str | None, dismiss: bool) -> None:
         if dismiss:
             raise UsageError("--dismiss needs the id of an alarm, which the list shows.")
         call.print_list([_shown(alarm) for alarm in _alarms(call)], _COLUMNS)
-    elif id_or_file == "-" or Path(id_or_file).is_file():
-        _verify(call, id_or_file)
+    elif (document := documents.document(id_or_file)) is not None:
+        _verify(call, document)
     else:
         alarm = _find(call, id_or_file)
         if dismiss:
@@ -103,10 +103,9 @@ def _dismiss(call: Call, alarm: Any) -> None:
     click.echo(f"What is known of {alarm.origin} no longer counts on this box.", err=True)
 
 
-def _verify(call: Call, path: str) -> None:
+def _verify(call: Call, document: bytes) -> None:
     from pinaivu_box.log.evidence import verify
 
-    document = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     steps = verify(document)
     if call.as_json:
         print_json([step._asdict() for step in steps])

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import msgspec
 
+from pinaivu_box.cli import documents
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.log_evidence import evidence
@@ -241,11 +242,8 @@ def _node_key(option: str, text: str) -> str:
 
 
 def _document(call: Call, file_or_id: str) -> bytes:
-    if file_or_id == "-":
-        return sys.stdin.buffer.read()
-    path = Path(file_or_id)
-    if path.is_file():
-        return path.read_bytes()
+    if (found := documents.document(file_or_id)) is not None:
+        return found
     if not file_or_id.startswith("req_"):
         raise CliError(f"There is no file {file_or_id}, and request ids begin with req_.")
     return _from_database(call, file_or_id)

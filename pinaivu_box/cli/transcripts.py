@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
+from pinaivu_box.cli import documents
 from pinaivu_box.cli.call import Call
 from pinaivu_box.errors import CliError, Unreadable
 
@@ -37,10 +36,8 @@ def stored_transcript(call: Call, file_or_id: str, key_file: str | None) -> Any:
 def _view(call: Call, file_or_id: str) -> Any:
     from pinaivu_box.receipts.transcript_view import read
 
-    if file_or_id != "-" and not Path(file_or_id).is_file():
+    if (data := documents.document(file_or_id)) is None:
         return _from_database(call, file_or_id)
-    standard = file_or_id == "-"
-    data = sys.stdin.buffer.read() if standard else Path(file_or_id).read_bytes()
     try:
         return read(data)
     except ValueError as error:

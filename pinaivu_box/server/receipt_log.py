@@ -14,7 +14,7 @@ from pinaivu_box.server.receipts import receipt_of
 from pinaivu_box.store.log import Log, LogDamaged, StoredCheckpoint
 from pinaivu_box.text import number
 
-_FOR_EVER = {"cache-control": "private, max-age=31536000, immutable"}
+# Not tiles either: after a restart another log has tiles at the same addresses.
 _NOT_CACHED = {"cache-control": "no-cache"}
 
 
@@ -72,9 +72,7 @@ async def get_proof(request: Request, request_id: str) -> PlainText:
     try:
         proof = await box_of(request).receipt_log.entry_proof(request_id)
     except LogDamaged as error:
-        raise InternalError(
-            f"The log was changed behind the box's back: {error.message}."
-        ) from None
+        raise _damaged(error) from None
     if proof is None:
         raise ReceiptNotFound(
             f"The receipt of {request_id} is not in the log: 'pinaivu receipts verify --all' says "
@@ -84,25 +82,34 @@ async def get_proof(request: Request, request_id: str) -> PlainText:
 
 
 async def get_consistency(request: Request, query: ConsistencyQuery) -> PlainText:
-    """Raises InvalidBody."""
+    """Raises InvalidBody, InternalError."""
     old, new = _size("from", query.old), _size("to", query.new)
     try:
         hashes = await box_of(request).receipt_log.consistency(old, new)
     except InvalidValue as error:
         raise InvalidBody(error.message, loc=("query", error.field)) from None
-    return PlainText(entry_proof.hash_lines(hashes))
+    except LogDamaged as error:
+        raise _damaged(error) from None
+    return PlainText(entry_proof.hash_lines(hashes), headers=_NOT_CACHED)
 
 
 async def get_tile(request: Request, tile: str) -> Octets:
-    """Raises NotFound."""
+    """Raises NotFound, InternalError."""
     path = tiles.read_path(tile)
-    data = await box_of(request).receipt_log.tile(path) if path is not None else None
+    try:
+        data = await box_of(request).receipt_log.tile(path) if path is not None else None
+    except LogDamaged as error:
+        raise _damaged(error) from None
     if data is None:
         raise NotFound(
             "The log has no such tile: GET /v1/log/checkpoint says how many entries it has, and "
             "docs/log.md what the tiles are called."
         )
-    return Octets(data, headers=_FOR_EVER)
+    return Octets(data, headers=_NOT_CACHED)
+
+
+def _damaged(error: LogDamaged) -> InternalError:
+    return InternalError(f"The log was changed behind the box's back: {error.message}.")
 
 
 def _history(of: Log, latest: StoredCheckpoint | None) -> LogHistory:
