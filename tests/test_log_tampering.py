@@ -313,6 +313,22 @@ def test_a_forged_beginning(home: Path, ids: list[str]) -> None:
     assert "forged: the beginning of a log is not signed by this box" in verified(home)
 
 
+def test_an_entry_of_what_is_no_receipt(home: Path, ids: list[str]) -> None:
+    edit(
+        home,
+        ("UPDATE receipts SET signed = ? WHERE request_id = ?", (b"{", ids[3])),
+        ("UPDATE log_entries SET hash = ? WHERE id = 4", (entry_of(b"{"),)),
+    )
+    assert f"unsigned: the receipt of {ids[3]} is no receipt that can be read" in verified(home)
+    assert ("failed", f"the receipt of {ids[3]} is not signed by this box") in doctor(home)
+
+
+def test_a_beginning_that_cannot_be_read(home: Path) -> None:
+    edit(home, ("UPDATE logs SET restart = ?, signature = ?", (b"\xff", b"")))
+    assert doctor(home)  # and no traceback
+    assert verified(home) == []  # nothing was before the first log, so nothing had to be said
+
+
 def test_verify_all_of_another_key(home: Path) -> None:
     other = home / "identity.key"
     other.write_text("11" * 32 + "\n")

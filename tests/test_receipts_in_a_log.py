@@ -173,3 +173,9 @@ def test_no_witness_can_spoil_the_receipts_of_a_box(asked: str) -> None:
         assert kept is not None
         proof = msgspec.structs.replace(entry_proof_of(3, 7), note=kept)
         assert all(check.ok for check in verify_receipt(document(proof)))
+
+
+@pytest.mark.parametrize("command", ["verify", "audit", "transcript", "evidence"])
+def test_a_name_that_no_file_can_have(command: str, tmp_path: Path) -> None:
+    done = run_command("receipts", command, "req_" + "a" * 5000, home=tmp_path, check=False)
+    assert done.returncode == 1 and "cannot be read: File name too long." in done.stderr

@@ -59,7 +59,10 @@ def _of_another_box(call: Call, node_id: str) -> list[Finding]:
 
 def check_all(node_id: str, receipt: StoredReceipt) -> str | None:
     """All that can be checked of a receipt alone; the whole log is examined beside it."""
-    shown = view(receipt.signed, receipt.signature, None)
+    try:
+        shown = view(receipt.signed, receipt.signature, None)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return "is no receipt that can be read"
     if shown.request_id != receipt.request_id:
         return f"is that of {shown.request_id}"
     checks = verify_receipt(msgspec.json.encode(shown), node_key=node_id)

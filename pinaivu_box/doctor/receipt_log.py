@@ -12,6 +12,7 @@ from pinaivu_box.log.restart import Restart
 from pinaivu_box.receipt_log import examine, histories, last_shown
 from pinaivu_box.receipt_log.examine import Examination
 from pinaivu_box.store import integrity
+from pinaivu_box.store.log import Log
 
 _NAME = "log"
 _FIRST_VERSION = 7  # of the schema, that has it
@@ -48,7 +49,16 @@ def examined(home: Path, check: examine.Check = examine.check_signature) -> Exam
 
 def restarted(examination: Examination) -> str | None:
     """Why the log has begun again, if that should not have been."""
-    said = [log.restart for log in examination.logs if log.restart is not None]
-    reasons = [msgspec.json.decode(each, type=Restart).reason for each in said]
+    reasons = [reason for log in examination.logs if (reason := _reason(log)) is not None]
     odd = [each for each in reasons if each not in (histories.RESTORED, histories.LOST)]
     return odd[-1] if odd else None
+
+
+def _reason(log: Log) -> str | None:
+    """None if it followed none; of a statement that cannot be read the findings say so."""
+    if log.restart is None:
+        return None
+    try:
+        return msgspec.json.decode(log.restart, type=Restart).reason
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
