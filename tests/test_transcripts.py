@@ -28,8 +28,10 @@ from pinaivu_box.receipts.receipt import ReceiptView, SignedProof
 from pinaivu_box.receipts.transcript import RequestTranscript
 from pinaivu_box.receipts.verify import read_statement
 from pinaivu_box.store import keys, retention
+from pinaivu_box.store import transcripts as stored
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
+from pinaivu_box.store.transcripts import StoredTranscript
 from tests.support import audited_legs
 from tests.support.fake_model import FAKE, fake_text
 from tests.support.in_process_command import run_command, run_command_json
@@ -372,7 +374,7 @@ def test_retention_deletes_them_with_their_receipts(new_box: Callable[..., Box])
 def test_an_erased_account_leaves_none(plain: Box) -> None:
     account = make_account(plain.home, "gerda")
     made = run_command_json("keys", "create", "--account", "gerda", home=plain.home)
-    asked(plain, "Quastenflosser", made["key"])
+    request_id = asked(plain, "Quastenflosser", made["key"])["request_id"]
     others = count(plain.home)
     assert files_with(plain.home, "Quastenflosser") != []
     done = run_command("accounts", "erase", "gerda", "--yes", home=plain.home)
@@ -381,3 +383,12 @@ def test_an_erased_account_leaves_none(plain: Box) -> None:
     assert count(plain.home) == others - 1
     key = in_database(plain.home, lambda database: keys.get(database, made["id"]))
     assert key.account_id == account
+
+    async def end_late(database: Database) -> None:
+        """As a request does that ran meanwhile, or waited for its audit."""
+        late = StoredTranscript(b"{}")
+        for storing in (stored.storing, stored.storing_if_missing):
+            await database.write(storing(request_id, late))
+
+    in_database(plain.home, end_late)
+    assert count(plain.home) == others - 1

@@ -15,10 +15,19 @@ class StoredTranscript(Struct, frozen=True):
     sealed_to: bytes | None = None
 
 
+# An account may be erased while its request runs, or waits for an audit.
+_OF_NO_ERASED = (
+    "NOT EXISTS (SELECT 1 FROM receipts JOIN accounts ON accounts.id = receipts.account_id"
+    " WHERE request_id = ?1 AND removed_at IS NOT NULL)"
+)
+
+
 def storing(request_id: str, transcript: StoredTranscript) -> SqlStatement:
-    """The statement that stores it, for the transaction of its receipt."""
+    """The statement that stores it unless its account was removed, for the transaction of its
+    receipt."""
     return (
-        "INSERT INTO transcripts (request_id, sealed_to, body) VALUES (?, ?, ?)",
+        "INSERT INTO transcripts (request_id, sealed_to, body) SELECT ?1, ?2, ?3"
+        f" WHERE {_OF_NO_ERASED}",
         (request_id, transcript.sealed_to, transcript.body),
     )
 
@@ -46,10 +55,11 @@ def delete_all(account_id: str) -> SqlStatement:
 
 
 def storing_if_missing(request_id: str, transcript: StoredTranscript) -> SqlStatement:
-    """The statement that stores it if the request has a receipt and no transcript."""
+    """The statement that stores it if the request has a receipt and no transcript, unless its
+    account was removed."""
     return (
         "INSERT INTO transcripts (request_id, sealed_to, body) SELECT ?1, ?2, ?3 WHERE EXISTS"
         " (SELECT 1 FROM receipts WHERE request_id = ?1) AND NOT EXISTS"
-        " (SELECT 1 FROM transcripts WHERE request_id = ?1)",
+        f" (SELECT 1 FROM transcripts WHERE request_id = ?1) AND {_OF_NO_ERASED}",
         (request_id, transcript.sealed_to, transcript.body),
     )
