@@ -18,7 +18,7 @@ FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS: dict[str, Any] = {
     "scopes": ["inference", "usage", "receipts"], "models": [], "networks": [], "rpm": None,
     "tpm": None, "max_parallel": None, "max_queue": 0, "budget": None, "weight": 1.0,
-    "lenient": False, "strict": False, "peers": [], "routing": None, "prices": {},
+    "lenient": False, "strict": False, "peers": [], "routing": None, "audit": "on", "prices": {},
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
         "scopes": ["inference", "usage"], "models": ["fake:*"], "networks": ["127.0.0.0/8"],
         "rpm": 60, "tpm": 9000, "max_parallel": 2, "max_queue": 5,
         "budget": {"amount": "10", "period": "30d"}, "weight": 2.0, "lenient": True, "strict": True,
-        "peers": ["kitchen"], "routing": "cheapest",
+        "peers": ["kitchen"], "routing": "cheapest", "audit": "off",
         "prices": {"fake:*": {"prompt": "0.1", "cached": "0.05", "completion": "0.2"}, "*": "1"},
     }  # fmt: skip
     expires = in_days(30)
@@ -99,7 +99,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
         "--model", "fake:*", "--network", "127.0.0.0/8", "--rpm", "60", "--tpm", "9000",
         "--max-parallel", "2", "--max-queue", "5", "--budget", "10 per 30d", "--weight", "2",
         "--lenient", "--strict", "--peer", "kitchen", "--policy", "cheapest",
-        "--price", "fake:*=0.1/0.05/0.2", "--price", "*=1", "--expires", "30d",
+        "--audit", "off", "--price", "fake:*=0.1/0.05/0.2", "--price", "*=1", "--expires", "30d",
         home=box.home,
     )  # fmt: skip
     assert by_command["policy"] == policy
