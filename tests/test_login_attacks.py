@@ -36,7 +36,10 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"content": b""},
 )
 # Rows that say that somebody was here.
-_NOTED = ("refusals", "sessions", "runs", "clock", "probe", "sqlite_stat1")
+_NOTED = (
+    "refusals", "sessions", "runs", "clock", "probe", "sqlite_stat1",
+    "log_checkpoints",  # what the log had anyway, signed for who asks
+)  # fmt: skip
 
 
 class Site:
@@ -88,7 +91,8 @@ def address(endpoint: Endpoint) -> str:
 
 
 async def test_no_form_of_another_site_changes_anything_in_a_session(site: Site) -> None:
-    changing = [one for one in ENDPOINTS if one.method != "GET"]
+    # Witnesses are asked by anybody, and believe signatures: a session makes no difference.
+    changing = [one for one in ENDPOINTS if one.method != "GET" and "/witness/" not in one.path]
     assert {one.access for one in changing}.isdisjoint({"public"}) and len(changing) > 40
 
     async with site.logged_in() as browser:
