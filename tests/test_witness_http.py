@@ -212,5 +212,23 @@ def test_a_box_that_is_no_member_is_asked_over_http(
         signed = note.read(box.http("GET", path).text.split("\n\n", 1)[1])
         found = checkpoint.cosignature(signed, name)
         assert found is not None and found.node_id == name
+        box.stop()
+        for lost in box.home.glob("pinaivu.db*"):
+            lost.unlink()
+        (box.home / "log.checkpoint").unlink()
+        box.key = ""
+        box.start()
+        box.http("POST", "/v1/chat/completions", json=body)
+
+        def states_what_was() -> bool:
+            shown: Any = box.http("GET", "/v1/log").json()
+            said = shown["restart"] and json.loads(shown["restart"]["signed"])
+            return (
+                bool(said)
+                and note.read(said["last_checkpoint"]).text == signed.text
+                and f"pinaivu/witness/{name}" in shown["checkpoint"]
+            )
+
+        wait_until(states_what_was, "the lost log is named, and the new one is cosigned")
     finally:
         box.end()

@@ -16,9 +16,10 @@ from pinaivu_box.server.bodies import read
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.plain import PlainText
 from pinaivu_box.server.sessions import address_of
-from pinaivu_box.witness.http import STATEMENT_HEADER
+from pinaivu_box.witness.http import FORMER_HEADER, STATEMENT_HEADER
 from pinaivu_box.witness.rules import MAX_BODY_BYTES, SIZE_TYPE, Rejected, read_submission
 from pinaivu_box.witness.wire import MAX_STATEMENT_BYTES
+from pinaivu_box.witness.witness import NoStatement
 
 # Checkpoints that are looked at: of one address, and of all.
 _ADDRESS_BURST, _ADDRESS_PER_SECOND = 60.0, 5.0
@@ -38,6 +39,9 @@ async def add_checkpoint(request: Request) -> PlainText:
         cosignature = await witness.add_checkpoint(submission, _statement(request))
     except BodyTooLarge as error:
         return _refused(413, error.message)
+    except NoStatement as rejected:
+        former = base64.b64encode(rejected.former.encode()).decode()
+        return _refused(rejected.status, rejected.why, {FORMER_HEADER: former})
     except Rejected as rejected:
         if rejected.status == 409:
             return PlainText(f"{rejected.size}\n", 409, {"content-type": SIZE_TYPE})

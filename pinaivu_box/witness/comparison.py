@@ -25,6 +25,7 @@ from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.alarms import Alarms
 from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.questions import Questions
+from pinaivu_box.witness.seen import SeenCheckpoints
 from pinaivu_box.witness.wire import (
     MAX_EVIDENCE,
     MAX_IDS,
@@ -37,7 +38,6 @@ from pinaivu_box.witness.wire import (
 )
 from pinaivu_box.witness.witness import Witness, read_statement
 
-_MAX_SEEN = 4096  # newest checkpoints of logs that are not witnessed here
 _MAX_COMPARED = 16384
 _MAX_WAITING = 256  # pairs of checkpoints about which a log is to be asked
 
@@ -58,7 +58,7 @@ class Comparison:
     ) -> None:
         self._node_id, self._witness, self._alarms = node_id, witness, alarms
         self._questions, self._own_log, self._is_known = questions, own_log, is_known
-        self._newest: BoundedDict[str, Note] = BoundedDict(_MAX_SEEN)  # by origin
+        self._newest = SeenCheckpoints()
         self._agree: BoundedDict[tuple[str, int, bytes], None] = BoundedDict(_MAX_COMPARED)
         # Pairs whose log has not answered yet, by its box; the smaller one first.
         self._waiting: BoundedDict[tuple[Note, Note], None] = BoundedDict(_MAX_WAITING)
@@ -74,7 +74,7 @@ class Comparison:
     def summary(self) -> Compare:
         """Of as many logs as one message has room for, others each time."""
         notes = {each.origin: each.note for each in self._witness.last.values() if each.node_id}
-        notes = {origin: str(signed) for origin, signed in self._newest.items()} | notes
+        notes = {origin: str(signed) for origin, signed in self._newest.all()} | notes
         origins = sorted(notes)
         begin = self._next % max(1, len(origins))
         turn = [*origins[begin:], *origins[:begin]][:MAX_NOTES]
@@ -85,9 +85,8 @@ class Comparison:
     def known_of(self, node_id: str) -> tuple[str, ...]:
         """The last checkpoints of a box's logs, as they were seen here."""
         found = {each.origin: each.note for each in self._witness.logs_of(node_id)}
-        for origin, signed in self._newest.items():
-            if checkpoint.node_of(origin) == node_id:
-                found.setdefault(origin, str(signed))
+        for origin, signed in self._newest.of(node_id).items():
+            found.setdefault(origin, str(signed))
         return tuple(_short(text) for text in found.values())[-MAX_NOTES:]
 
     async def answer(self, asked: Compare) -> Compared:
@@ -125,7 +124,7 @@ class Comparison:
     async def _take(self, signed: Note, seen: Checkpoint) -> None:
         known = self._known(seen.origin)
         if known is None:
-            self._newest[seen.origin] = signed
+            self._newest.put(seen.origin, signed)
             return
         last = checkpoint.read(known)
         if (seen.size, seen.root) == (last.size, last.root):
@@ -137,7 +136,7 @@ class Comparison:
             if seen.origin in self._witness.last:
                 self.compare_later(*pair)
             elif seen.size > last.size:
-                self._newest[seen.origin] = signed
+                self._newest.put(seen.origin, signed)
 
     def compare_later(self, smaller: Note, larger: Note) -> None:
         """Ask the log whether two of its checkpoints agree; both are verified."""

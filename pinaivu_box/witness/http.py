@@ -17,10 +17,13 @@ from pinaivu_box.witness.wire import Conflict, Cosigned, Declined, Submit
 if TYPE_CHECKING:
     import httpx
 
-STATEMENT_HEADER = "pinaivu-log-restart"  # Base64
+# Base64: the statement with which a log begins; with 422, the former checkpoint that it has to
+# name.
+STATEMENT_HEADER = "pinaivu-log-restart"
+FORMER_HEADER = "pinaivu-log-former"
 _SECONDS = 20.0
 _MAX_ANSWER_BYTES = 65536
-_CONFLICT = 409
+_CONFLICT, _REFUSED = 409, 422
 
 
 class HttpWitnesses:
@@ -47,9 +50,11 @@ class HttpWitnesses:
         headers = {"content-type": "text/plain; charset=utf-8"}
         if submit.restart:
             headers[STATEMENT_HEADER] = base64.b64encode(submit.restart).decode()
-        status, text = await self._request("POST", f"{url}/add-checkpoint", body, headers)
+        status, text, former = await self._request("POST", f"{url}/add-checkpoint", body, headers)
         if status == 200:
             return Cosigned(text)
+        if status == _REFUSED and former and not submit.restart:
+            return Conflict(0, former)
         if status != _CONFLICT:
             return Declined(status, f"it answered {status}")
         size = number(text.removesuffix("\n"))
@@ -62,7 +67,7 @@ class HttpWitnesses:
     async def _known(self, url: str, origin: str) -> str:
         """The last checkpoint that it cosigned; empty if it does not give it."""
         name = hashlib.sha256(origin.encode()).hexdigest()
-        status, text = await self._request("GET", f"{url}/{name}/checkpoint", "", {})
+        status, text, _ = await self._request("GET", f"{url}/{name}/checkpoint", "", {})
         try:
             return str(note.read(text)) if status == 200 else ""
         except NoteError:
@@ -70,8 +75,8 @@ class HttpWitnesses:
 
     async def _request(
         self, method: str, url: str, body: str, headers: dict[str, str]
-    ) -> tuple[int, str]:
-        """Status and text.  Raises PeeringError."""
+    ) -> tuple[int, str, str]:
+        """Status, text and the former checkpoint.  Raises PeeringError."""
         import httpx
 
         if self._client is None:
@@ -83,6 +88,15 @@ class HttpWitnesses:
                     data += part
                     if len(data) > _MAX_ANSWER_BYTES:
                         raise PeeringError(f"{url} answered more than a witness does.")
-                return answer.status_code, data.decode(errors="replace")
+                former = _former(answer.headers.get(FORMER_HEADER, ""))
+                return answer.status_code, data.decode(errors="replace"), former
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(f"{url} cannot be asked: {error}.") from error
+
+
+def _former(encoded: str) -> str:
+    """Empty if it is no note."""
+    try:
+        return str(note.read(base64.b64decode(encoded, validate=True).decode()))
+    except (NoteError, ValueError):
+        return ""

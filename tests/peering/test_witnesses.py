@@ -28,6 +28,7 @@ from pinaivu_box.transport.rpc import MessageStream
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness import wiring
 from pinaivu_box.witness.questions import Questions
+from pinaivu_box.witness.seen import MAX_LOGS_PER_BOX
 from pinaivu_box.witness.wire import Answer, Question
 from tests.support.fake_model import FAKE
 from tests.support.fake_peer import FakePeer
@@ -413,6 +414,18 @@ async def test_two_histories_are_found_out_where_nobody_cosigned(tmp_path: Path)
         assert alarm.node_id == liar.identity.node_id
         known = await liar.ask(anna.node_id, log_wire.AskKnown(liar.identity.node_id))
         assert known.notes == (one.note(),)
+
+
+async def test_a_member_with_many_logs_crowds_out_nobody_else(tmp_path: Path) -> None:
+    async with with_liar(tmp_path, "anna") as ((anna,), liar):
+        logs = [WrittenLog(liar.identity.signing_key, epoch=at).grow(1) for at in range(1, 61)]
+        notes = tuple(log.note() for log in logs)
+        for part in (notes[:30], notes[30:]):
+            await liar.ask(anna.node_id, log_wire.Compare(part))
+        known = await liar.ask(anna.node_id, log_wire.AskKnown(liar.identity.node_id))
+        assert known.notes == notes[-MAX_LOGS_PER_BOX:]
+        comparison = anna.box.witnessing.comparison
+        assert comparison is not None and len(comparison.summary().notes) == MAX_LOGS_PER_BOX
 
 
 async def test_evidence_spreads_to_members_that_saw_nothing(tmp_path: Path) -> None:
