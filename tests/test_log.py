@@ -18,7 +18,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, entry_proof, merkle, note, tiles
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.entry_proof import EntryProof
-from pinaivu_box.log.note import Key, NoteError, NoteSignature
+from pinaivu_box.log.note import NoteError, NoteKey, NoteSignature
 from pinaivu_box.log.tiles import Tile, TilePath
 
 # Entries and roots of the trees over the first one, two, ... of them, as Google's tests of
@@ -179,7 +179,7 @@ def test_an_empty_tree_begins_every_tree_and_has_one_root() -> None:
 
 
 def test_a_note_of_another_program_is_read_and_verified() -> None:
-    key = Key("example.com/foo", base64.b64decode(C2SP_KEY.split("+", 2)[2])[1:])
+    key = NoteKey("example.com/foo", base64.b64decode(C2SP_KEY.split("+", 2)[2])[1:])
     assert key.text == C2SP_KEY
     signed = note.read(C2SP_NOTE)
     assert str(signed) == C2SP_NOTE and signed.signatures[0].is_by(key)
@@ -273,7 +273,7 @@ EMPTY = note.encode(merkle.EMPTY_ROOT)
 )
 def test_what_is_no_checkpoint_is_refused(text: str) -> None:
     signed = BOX.signing_key.sign(text.encode()).signature
-    line = NoteSignature(ORIGIN, Key(ORIGIN, b"").id, signed)
+    line = NoteSignature(ORIGIN, NoteKey(ORIGIN, b"").id, signed)
     with pytest.raises(NoteError):
         checkpoint.read(note.read(str(note.Note(text, (line,)))))
 

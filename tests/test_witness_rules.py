@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.log import checkpoint, evidence, note, restart
-from pinaivu_box.log.note import Key, NoteError
+from pinaivu_box.log.note import NoteError, NoteKey
 from pinaivu_box.log.restart import Restart
 from pinaivu_box.store import witnessed
 from pinaivu_box.store.database import Database
@@ -36,7 +36,7 @@ def anyio_backend() -> str:
 class World:
     """A witness on a database of its own, which knows one log."""
 
-    def __init__(self, database: Database, key_of: Callable[[str], Key | None]) -> None:
+    def __init__(self, database: Database, key_of: Callable[[str], NoteKey | None]) -> None:
         self.database = database
         self.alarms = Alarms(database)
         self.witness = Witness(WITNESS, database, self.alarms, key_of, lambda: 1_800_000_000.0)
@@ -58,7 +58,7 @@ class World:
         return other
 
 
-def knows_the_log(origin: str) -> Key | None:
+def knows_the_log(origin: str) -> NoteKey | None:
     try:
         known = checkpoint.node_of(origin) == LOG.node_id
     except NoteError:

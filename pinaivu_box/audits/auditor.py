@@ -14,7 +14,7 @@ import msgspec
 
 from pinaivu_box.audits.contexts import context_of, may_shift
 from pinaivu_box.audits.pending import LegToAudit
-from pinaivu_box.audits.replay import TENANT, Replay, compute_again
+from pinaivu_box.audits.replay import TENANT, Recomputed, compute_again
 from pinaivu_box.engine.messages import Add, Sampling
 from pinaivu_box.errors import ApiError, ContextOverflow, EngineLost
 from pinaivu_box.gateway.engine_process import EngineProcess
@@ -29,7 +29,7 @@ async def audit_legs(
     """The legs in their order.  Of those whose transcript or model is another one, the audit says
     so.  Raises EngineLost."""
     audits: list[LegAudit] = []
-    replays: dict[int, Replay | str] = {}  # by choice; or why there is none
+    replays: dict[int, Recomputed | str] = {}  # by choice; or why there is none
     for leg in legs:
         proof = leg.proof
         why = _unsuitable(engine, transcript, leg)
@@ -68,7 +68,7 @@ def _unsuitable(engine: EngineProcess, transcript: RequestTranscript, leg: LegTo
 
 async def _replay(
     engine: EngineProcess, transcript: RequestTranscript, proof: Proof
-) -> Replay | str:
+) -> Recomputed | str:
     tokens = _tokens(transcript, proof)
     try:
         return await compute_again(engine, request_of(transcript, proof), tokens)
@@ -132,7 +132,7 @@ def _asked(transcript: RequestTranscript, proof: Proof) -> dict[str, Any]:
 
 
 def _wrong_shift(
-    transcript: RequestTranscript, proof: Proof, context: int, replay: Replay
+    transcript: RequestTranscript, proof: Proof, context: int, replay: Recomputed
 ) -> LegAudit | None:
     """If the context was shifted otherwise the numbers are others; and if none shifts so, the proof
     is wrong."""
@@ -150,7 +150,7 @@ def _wrong_shift(
     return not_auditable(proof, f"{why}, and the engine here has {context}")
 
 
-def _judged(transcript: RequestTranscript, proof: Proof, replay: Replay) -> LegAudit:
+def _judged(transcript: RequestTranscript, proof: Proof, replay: Recomputed) -> LegAudit:
     before = [each for each in transcript.legs if each.choice == proof.choice][: proof.leg]
     start = sum(len(each.tokens) for each in before)
     if proof.completion_tokens and before and len(replay.tokens) <= start:

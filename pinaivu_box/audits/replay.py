@@ -18,7 +18,7 @@ _numbers = itertools.count(1)  # of sequences: a cancellation never meets a late
 
 
 @dataclass
-class Replay:
+class Recomputed:
     """What an engine has said of it: the `prompt` as it was read, the `text` of the tokens."""
 
     prompt: list[int] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Replay:
         self.finish_reason = output.finish_reason or ""
 
 
-async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> Replay:
+async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> Recomputed:
     """Compute the output `tokens` of a request again.  If it is cancelled, the engine stops.
 
     Raises ApiError if the engine refuses it (ContextOverflow if it is too long for it), EngineLost.
@@ -54,7 +54,7 @@ async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> R
         echo=False,
         logprobs=None,
     )
-    heard = Replay(exactness=engine.ready.exactness)
+    heard = Recomputed(exactness=engine.ready.exactness)
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def receive(item: Item) -> None:
@@ -71,7 +71,7 @@ async def compute_again(engine: EngineProcess, add: Add, tokens: list[int]) -> R
     return heard
 
 
-def _take(item: Item, heard: Replay, ended: asyncio.Future[None]) -> None:
+def _take(item: Item, heard: Recomputed, ended: asyncio.Future[None]) -> None:
     match item:
         case Prompt():
             heard.prompt = item.tokens

@@ -156,13 +156,13 @@ def print_report(report: Any) -> None:
 
 def _print_first(leg: Any) -> None:
     """The first difference, where the meaning has not told it, and the largest margins."""
-    from pinaivu_box.receipts.audit import Difference, describe
+    from pinaivu_box.receipts.audit import DrawDifference, describe
 
     first = leg.get("first")
     if first is None:
         return
     if leg.get("mode") == "statistical":
-        told = describe(msgspec.convert(first, Difference))
+        told = describe(msgspec.convert(first, DrawDifference))
         click.echo(f"   The first difference: {told}.")
         if margins := leg.get("margins"):
             click.echo(f"   The largest margins: {', '.join(f'{m:.3g}' for m in margins[:5])}.")

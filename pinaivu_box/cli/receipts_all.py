@@ -12,7 +12,7 @@ from msgspec import Struct
 from pinaivu_box.cli.call import Call
 from pinaivu_box.doctor import receipt_log
 from pinaivu_box.errors import CliError
-from pinaivu_box.receipt_log.examine import Finding, StoredReceipt
+from pinaivu_box.receipt_log.examine import ExaminedReceipt, LogFinding
 from pinaivu_box.receipts.receipt import view
 from pinaivu_box.receipts.verify import verify_receipt
 
@@ -22,7 +22,7 @@ class Verified(Struct, frozen=True):
 
     receipts: int
     entries: int
-    findings: list[Finding]
+    findings: list[LogFinding]
 
 
 def verify_all(call: Call) -> None:
@@ -50,14 +50,16 @@ def _print(found: Verified) -> None:
         click.echo(f"       {counts} were looked at")
 
 
-def _of_another_box(call: Call, node_id: str) -> list[Finding]:
+def _of_another_box(call: Call, node_id: str) -> list[LogFinding]:
     own = call.node_id()
     if own == node_id:
         return []
-    return [Finding("forged", f"the log is that of {node_id}, and identity.key is {own or 'gone'}")]
+    return [
+        LogFinding("forged", f"the log is that of {node_id}, and identity.key is {own or 'gone'}")
+    ]
 
 
-def check_all(node_id: str, receipt: StoredReceipt) -> str | None:
+def check_all(node_id: str, receipt: ExaminedReceipt) -> str | None:
     """All that can be checked of a receipt alone; the whole log is examined beside it."""
     try:
         shown = view(receipt.signed, receipt.signature, None)

@@ -15,7 +15,15 @@ from nacl.signing import VerifyKey
 
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.log.merkle import EMPTY_ROOT, HASH_BYTES, MAX_SIZE
-from pinaivu_box.log.note import COSIGNATURE, Key, Note, NoteError, NoteSignature, decode, encode
+from pinaivu_box.log.note import (
+    COSIGNATURE,
+    Note,
+    NoteError,
+    NoteKey,
+    NoteSignature,
+    decode,
+    encode,
+)
 from pinaivu_box.text import END, number
 
 _ORIGIN = re.compile(r"pinaivu/log/(node_[0-9a-f]{64})/(0|[1-9][0-9]{0,15})" + END)
@@ -68,13 +76,13 @@ def epoch_of(log_origin: str) -> int:
     return int(match[2])
 
 
-def log_key(log_origin: str) -> Key:
+def log_key(log_origin: str) -> NoteKey:
     """The key that signs checkpoints of that origin.  Raises NoteError."""
-    return Key(log_origin, _public(node_of(log_origin)))
+    return NoteKey(log_origin, _public(node_of(log_origin)))
 
 
-def witness_key(node_id: str) -> Key:
-    return Key(f"pinaivu/witness/{node_id}", _public(node_id), COSIGNATURE)
+def witness_key(node_id: str) -> NoteKey:
+    return NoteKey(f"pinaivu/witness/{node_id}", _public(node_id), COSIGNATURE)
 
 
 def read(note: Note) -> Checkpoint:
@@ -155,7 +163,7 @@ def _public(node_id: str) -> bytes:
     return bytes.fromhex(node_id.removeprefix(NODE_PREFIX))
 
 
-def _verifies(key: Key, message: str | bytes, signature: bytes) -> bool:
+def _verifies(key: NoteKey, message: str | bytes, signature: bytes) -> bool:
     data = message.encode() if isinstance(message, str) else message
     try:
         VerifyKey(key.public).verify(data, signature)

@@ -27,7 +27,7 @@ class NoteError(ValueError):
     """The text is no signed note; says why, as the end of a sentence."""
 
 
-class Key(NamedTuple):
+class NoteKey(NamedTuple):
     """A public Ed25519 key (32 bytes) under a name, for one type of signature."""
 
     name: str
@@ -56,7 +56,7 @@ class NoteSignature(NamedTuple):
     def line(self) -> str:
         return f"{_DASH}{self.name} {encode(self.key_id + self.signature)}\n"
 
-    def is_by(self, key: Key) -> bool:
+    def is_by(self, key: NoteKey) -> bool:
         """Whether it says that it is; not whether it is."""
         return self.name == key.name and self.key_id == key.id
 

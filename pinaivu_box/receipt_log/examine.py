@@ -40,14 +40,14 @@ _WITHOUT_ENTRY = "SELECT request_id FROM receipts WHERE log_entry IS NULL"
 _BETWEEN_LOGS = "SELECT request_id FROM receipts WHERE log_entry >= ? AND log_entry < ?"
 
 
-class Finding(Struct, frozen=True):
+class LogFinding(Struct, frozen=True):
     """`message` is a clause."""
 
     kind: Kind
     message: str
 
 
-class StoredReceipt(NamedTuple):
+class ExaminedReceipt(NamedTuple):
     request_id: str
     signed: bytes
     signature: bytes
@@ -58,10 +58,10 @@ class _Named(Struct):
 
 
 # Says what is wrong with a receipt in the log of that box, None if nothing is.
-Check = Callable[[str, StoredReceipt], str | None]
+Check = Callable[[str, ExaminedReceipt], str | None]
 
 
-def check_signature(node_id: str, receipt: StoredReceipt) -> str | None:
+def check_signature(node_id: str, receipt: ExaminedReceipt) -> str | None:
     """Whether the box has signed a receipt, about the request which it is stored for."""
     if not identities.verify(node_id, RECEIPT_DOMAIN, receipt.signed, receipt.signature):
         return "is not signed by this box"
@@ -69,7 +69,7 @@ def check_signature(node_id: str, receipt: StoredReceipt) -> str | None:
     return None if named == receipt.request_id else f"is that of {named}"
 
 
-def tail(path: Path) -> list[Finding]:
+def tail(path: Path) -> list[LogFinding]:
     """What is wrong with the last receipts: those that no checkpoint covers, and the last 256 that
     one does; and with receipts that have no entry.  Raises sqlite3.Error."""
     with integrity.reading(path) as connection:
@@ -112,9 +112,9 @@ class Examination:
                 self.note("forged", "is not one of a box", "the origin of a log")
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[LogFinding]:
         return [
-            Finding(kind, _clause(self._first[kind, what], what, count))
+            LogFinding(kind, _clause(self._first[kind, what], what, count))
             for (kind, what), count in self._counts.items()
         ]
 
@@ -161,12 +161,12 @@ class Examination:
             int(self._connection.execute("SELECT max(id) FROM log_entries").fetchone()[0] or 0) + 1
         )
 
-    def _rows(self, first: int, end: int) -> Iterator[tuple[int, bytes, StoredReceipt | None]]:
+    def _rows(self, first: int, end: int) -> Iterator[tuple[int, bytes, ExaminedReceipt | None]]:
         for entry, digest, request_id, signed, signature in self._connection.execute(
             ROWS, (first, end)
         ):
             has_receipt = request_id is not None
-            receipt = StoredReceipt(request_id, signed, signature) if has_receipt else None
+            receipt = ExaminedReceipt(request_id, signed, signature) if has_receipt else None
             yield entry, digest, receipt
 
     def _is_begun(self, log: Log) -> bool:
@@ -192,7 +192,7 @@ class Examination:
         log: Log,
         index: int,
         digest: bytes,
-        receipt: StoredReceipt | None,
+        receipt: ExaminedReceipt | None,
         removed: list[Range],
     ) -> None:
         if receipt is None:

@@ -36,7 +36,7 @@ BEHIND = "The log was behind what a witness has"
 CHANGED = "The stored log was changed behind the box's back"
 
 
-class Known(NamedTuple):
+class SignedCheckpoint(NamedTuple):
     """A checkpoint of this box, with its signatures."""
 
     checkpoint: Checkpoint
@@ -77,7 +77,7 @@ class Histories:
         elif store.ADOPT in tasks:
             await self._adopt()
 
-    async def begin(self, reason: str | None, known: Known | None) -> None:
+    async def begin(self, reason: str | None, known: SignedCheckpoint | None) -> None:
         """Begin another log, for that reason (a sentence; None: the box has had none)."""
         previous = self.all[-1] if self.all else None
         size = 0
@@ -103,14 +103,14 @@ class Histories:
         log.log(level, "a log of receipts begins", extra={"fields": fields})
         await self._adopt()
 
-    async def say(self, reason: str, known: Known) -> None:
+    async def say(self, reason: str, known: SignedCheckpoint) -> None:
         """Sign, if nothing is said yet about what was before the current log, that it was this."""
         if self.current.restart is None:
             said = self._statement(self.current.origin, reason, known, None)
             await self._database.write(store.set_restart(self.current, *_signed(said)))
             await self.read()
 
-    async def contradiction(self, known: Known) -> str | None:
+    async def contradiction(self, known: SignedCheckpoint) -> str | None:
         """Why the current log cannot go on, if its stored entries do not lead to a checkpoint of
         it.  Hashes that are not those of the entries are made anew."""
         try:
@@ -149,7 +149,7 @@ class Histories:
                 return f"{reason}: {why}."
         return None
 
-    async def _reason(self, tasks: set[str], shown: Known | None) -> str | None:
+    async def _reason(self, tasks: set[str], shown: SignedCheckpoint | None) -> str | None:
         """Why another log has to begin after one that was before, if so."""
         if not self.all:
             return LOST if shown is not None else None
@@ -161,15 +161,17 @@ class Histories:
             return OTHER_KEY
         return await self.broken()
 
-    def _shown(self) -> Known | None:
+    def _shown(self) -> SignedCheckpoint | None:
         found = last_shown.read(self._home, self._identity.node_id)
-        return Known(*found) if found is not None else None
+        return SignedCheckpoint(*found) if found is not None else None
 
-    async def _last_checkpoint(self, of: Log) -> Known | None:
+    async def _last_checkpoint(self, of: Log) -> SignedCheckpoint | None:
         stored = await store.last_checkpoint(self._database, of)
         return _known(stored.note, of.origin) if stored is not None else None
 
-    async def _last_valid(self, of: Log, known: Known | None) -> tuple[int, Known | None]:
+    async def _last_valid(
+        self, of: Log, known: SignedCheckpoint | None
+    ) -> tuple[int, SignedCheckpoint | None]:
         """How many entries of a log its newest checkpoint covers to which they still lead; and the
         latest of all checkpoints that are known of this box."""
         latest = [known] if known is not None else []
@@ -187,7 +189,7 @@ class Histories:
                 break
         return valid, max(latest, key=lambda each: each.order, default=None)
 
-    def _new_origin(self, known: Known | None) -> str:
+    def _new_origin(self, known: SignedCheckpoint | None) -> str:
         epochs = [each.epoch for each in self.all]
         if known is not None:
             epochs.append(checkpoint.epoch_of(known.checkpoint.origin))
@@ -196,7 +198,7 @@ class Histories:
         return checkpoint.origin(self._identity.node_id, epoch)
 
     def _statement(
-        self, origin: str, reason: str, known: Known | None, previous: str | None
+        self, origin: str, reason: str, known: SignedCheckpoint | None, previous: str | None
     ) -> SignedRestart:
         own = known is not None and known.checkpoint.node_id == self._identity.node_id
         last = known if own else None
@@ -219,7 +221,7 @@ class Histories:
             log.info("receipts have got entries in the log", extra={"fields": {"receipts": count}})
 
 
-def _known(text: str, origin: str) -> Known | None:
+def _known(text: str, origin: str) -> SignedCheckpoint | None:
     """A stored checkpoint, if the box of that log has signed it."""
     try:
         signed = note.read(text)
@@ -227,7 +229,7 @@ def _known(text: str, origin: str) -> Known | None:
     except NoteError:
         return None
     right = found.origin == origin and checkpoint.is_signed(signed, found)
-    return Known(found, signed) if right else None
+    return SignedCheckpoint(found, signed) if right else None
 
 
 def _signed(statement: SignedRestart) -> tuple[bytes, bytes]:

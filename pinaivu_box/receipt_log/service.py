@@ -25,7 +25,7 @@ from pinaivu_box.log.removal import Removal
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import TilePath
 from pinaivu_box.receipt_log import examine, histories, last_shown, proofs, tree
-from pinaivu_box.receipt_log.histories import Histories, Known
+from pinaivu_box.receipt_log.histories import Histories, SignedCheckpoint
 from pinaivu_box.store import log as store
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.log import Log, LogDamaged, StoredCheckpoint, StoredRemoval
@@ -177,7 +177,7 @@ class ReceiptLog:
         If the log here does not lead to it, another begins; if it is of a log that this box has
         lost, the box says so.  Raises NoteError if it is not a checkpoint of this box's.
         """
-        known = Known(checkpoint.read(signed), signed)
+        known = SignedCheckpoint(checkpoint.read(signed), signed)
         if known.checkpoint.node_id != self._identity.node_id:
             raise NoteError("it is another box's")
         if not checkpoint.is_signed(signed, known.checkpoint):

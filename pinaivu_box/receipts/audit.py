@@ -35,7 +35,7 @@ class ReplayedAnswer(Struct, frozen=True):
     exactness: str
 
 
-class Difference(Struct, frozen=True):
+class DrawDifference(Struct, frozen=True):
     """A token that was not drawn.  `index` counts the output's tokens, `position` the prompt's too
     and keys, with the `seed`, the randomness.  Logits are the model's own; `margin` is as in
     `ReplayedToken`, None if nothing could have made the recorded token the draw."""
@@ -65,7 +65,7 @@ class LegAudit(Struct, frozen=True, omit_defaults=True):
     compared: int = 0
     agreeing: int = 0
     numbers: bool | None = None
-    first: Difference | None = None
+    first: DrawDifference | None = None
     margins: list[float] = []
     p_value: float | None = None
     false_alarm_rate: float | None = None
@@ -135,7 +135,7 @@ def digest_of(tokens: Sequence[ReplayedToken]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _bitwise_fault(first: Difference | None, numbers: bool | None, compared: int) -> str:
+def _bitwise_fault(first: DrawDifference | None, numbers: bool | None, compared: int) -> str:
     if first is not None:
         return f"another token was drawn: {describe(first)}"
     if not numbers:
@@ -146,7 +146,7 @@ def _bitwise_fault(first: Difference | None, numbers: bool | None, compared: int
     return ""
 
 
-def describe(first: Difference) -> str:
+def describe(first: DrawDifference) -> str:
     """Where and how a draw differs, as a clause."""
     margin = "" if first.margin is None else f", ahead by {first.margin:.4g} with its noise"
     possible = "" if first.possible else "; the recorded one cannot be drawn there"
@@ -159,9 +159,9 @@ def describe(first: Difference) -> str:
 
 def _difference(
     proof: Proof, tokens: Sequence[ReplayedToken], start: int, number: int
-) -> Difference:
+) -> DrawDifference:
     token, index = tokens[number], start + number
-    return Difference(
+    return DrawDifference(
         index,
         proof.prompt_tokens + index,
         str(proof.sampling.get("seed", "")),

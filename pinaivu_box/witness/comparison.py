@@ -44,7 +44,7 @@ _MAX_WAITING = 256  # pairs of checkpoints about which a log is to be asked
 log = logging.getLogger("pinaivu.witness")
 
 
-class Comparison:
+class LogComparison:
     """`is_known` says whether a node id is, or was, a member."""
 
     def __init__(

@@ -16,7 +16,7 @@ from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.witness.own_log import OwnLog
-from pinaivu_box.witness.wire import Conflict, Cosigned, Declined, Submit
+from pinaivu_box.witness.wire import Cosigned, Declined, SizeConflict, Submit
 
 _ATTEMPTS = 4  # until the old size is that of the witness
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a refusal
@@ -24,7 +24,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 15.0, 600.0  # after a refusal
 log = logging.getLogger("pinaivu.witness")
 
 # Sends a checkpoint to a witness.  Raises PeeringError.
-Ask = Callable[[Submit], Awaitable[Cosigned | Conflict | Declined]]
+Ask = Callable[[Submit], Awaitable[Cosigned | SizeConflict | Declined]]
 
 
 class Cosigning:

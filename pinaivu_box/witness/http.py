@@ -12,7 +12,7 @@ from pinaivu_box.log.note import NoteError
 from pinaivu_box.text import number
 from pinaivu_box.witness.cosigning import Ask
 from pinaivu_box.witness.rules import Submission
-from pinaivu_box.witness.wire import Conflict, Cosigned, Declined, Submit
+from pinaivu_box.witness.wire import Cosigned, Declined, SizeConflict, Submit
 
 if TYPE_CHECKING:
     import httpx
@@ -39,12 +39,12 @@ class HttpWitnesses:
     def ask(self, url: str) -> Ask:
         """Sends checkpoints to the witness with that submission prefix."""
 
-        async def ask(submit: Submit) -> Cosigned | Conflict | Declined:
+        async def ask(submit: Submit) -> Cosigned | SizeConflict | Declined:
             return await self._submit(url.rstrip("/"), submit)
 
         return ask
 
-    async def _submit(self, url: str, submit: Submit) -> Cosigned | Conflict | Declined:
+    async def _submit(self, url: str, submit: Submit) -> Cosigned | SizeConflict | Declined:
         signed = note.read(submit.note)
         body = Submission(submit.old, submit.proof, signed).text
         headers = {"content-type": "text/plain; charset=utf-8"}
@@ -62,7 +62,7 @@ class HttpWitnesses:
             raise PeeringError(f"{url} answered {_CONFLICT} without a size.")
         head = checkpoint.read(signed)
         known = await self._known(url, head.origin) if size > head.size else ""
-        return Conflict(size, known)
+        return SizeConflict(size, known)
 
     async def _known(self, url: str, origin: str) -> str:
         """The last checkpoint that it cosigned; empty if it does not give it."""

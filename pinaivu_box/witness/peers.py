@@ -14,7 +14,7 @@ from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
 from pinaivu_box.witness import wire as log_wire
-from pinaivu_box.witness.comparison import Comparison
+from pinaivu_box.witness.comparison import LogComparison
 from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.rules import Rejected, Submission
 from pinaivu_box.witness.wire import Answer, Declined, Question
@@ -32,7 +32,7 @@ log = logging.getLogger("pinaivu.witness")
 class LogServer:
     """Serves the purpose `log`."""
 
-    def __init__(self, witness: Witness, comparison: Comparison, own_log: OwnLog) -> None:
+    def __init__(self, witness: Witness, comparison: LogComparison, own_log: OwnLog) -> None:
         self._witness, self._comparison, self._own_log = witness, comparison, own_log
         self._limits: BoundedDict[str, TokenBucket] = BoundedDict(_MAX_PEERS)
 
@@ -86,9 +86,9 @@ class LogServer:
             if rejected.status == 422 and last is not None:
                 await self._comparison.learn([asked.note])  # has the log prove what it can
             if isinstance(rejected, NoStatement):
-                return log_wire.Conflict(0, rejected.former)
+                return log_wire.SizeConflict(0, rejected.former)
             if rejected.status == 409:
-                return log_wire.Conflict(rejected.size, last.note if last else "")
+                return log_wire.SizeConflict(rejected.size, last.note if last else "")
             return _declined(rejected.status, rejected.why)
         return log_wire.Cosigned(cosignature.line)
 

@@ -14,7 +14,7 @@ from nacl.signing import VerifyKey
 
 from pinaivu_box.log import entry_proof, note
 from pinaivu_box.log.merkle import EMPTY_ROOT, HASH_BYTES, MAX_PROOF_HASHES, MAX_SIZE, is_consistent
-from pinaivu_box.log.note import ED25519, MAX_NOTE_BYTES, Key, Note, NoteError, NoteSignature
+from pinaivu_box.log.note import ED25519, MAX_NOTE_BYTES, Note, NoteError, NoteKey, NoteSignature
 from pinaivu_box.text import number
 
 MAX_BODY_BYTES = MAX_NOTE_BYTES + 64 * (MAX_PROOF_HASHES + 1)
@@ -84,7 +84,7 @@ def head_of(signed: Note) -> TreeHead:
     return TreeHead(lines[0], size, root)
 
 
-def own_signature(signed: Note, key: Key) -> NoteSignature:
+def own_signature(signed: Note, key: NoteKey) -> NoteSignature:
     """The log's own signature, which holds; others do not count.  Raises Rejected (403)."""
     for each in signed.signatures:
         if each.is_by(key):
@@ -112,14 +112,14 @@ def judge(submission: Submission, head: TreeHead, last: TreeHead | None) -> None
         raise Rejected(422, why)
 
 
-def read_key(text: str) -> Key:
+def read_key(text: str) -> NoteKey:
     """A log's key as other programs write it (a "vkey", C2SP signed-note).  Raises NoteError."""
     name, plus, rest = text.partition("+")
     digits, plus, encoded = rest.partition("+")
     data = note.decode(encoded)
     if not plus or len(data) != 33 or data[0] != ED25519:
         raise NoteError("it is not a key as in NAME+ID+BASE64, for Ed25519")
-    key = Key(name, data[1:])
+    key = NoteKey(name, data[1:])
     if key.id.hex() != digits:
         raise NoteError("its id is not that of its name and key")
     return key
@@ -133,7 +133,7 @@ def _malformed(why: str) -> Rejected:
     return Rejected(400, f"{why}.")
 
 
-def _verifies(key: Key, text: str, signature: bytes) -> bool:
+def _verifies(key: NoteKey, text: str, signature: bytes) -> bool:
     try:
         VerifyKey(key.public).verify(text.encode(), signature)
     except (BadSignatureError, ValueError):

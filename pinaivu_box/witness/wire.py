@@ -2,7 +2,7 @@
 
 Who opened it asks questions, one at a time, and finishes; each has one answer, or `Declined`.
 
-    Submit(old, proof, note)         Cosigned(signature) or Conflict(size, note)
+    Submit(old, proof, note)         Cosigned(signature) or SizeConflict(size, note)
     AskConsistency(origin, old, new) Consistency(root, proof)
     AskKnown(node)                   Known(notes)
     Compare(notes, evidence)         Compared(notes, evidence, wanted)
@@ -58,7 +58,7 @@ class Cosigned(Struct, frozen=True, tag="Cosigned"):
     signature: Annotated[str, Meta(max_length=512)]
 
 
-class Conflict(Struct, frozen=True, tag="Conflict"):
+class SizeConflict(Struct, frozen=True, tag="Conflict"):
     """The last checkpoint that was cosigned is another one."""
 
     size: Size
@@ -124,7 +124,7 @@ class Thanks(Struct, frozen=True, tag="Thanks"):
 
 
 Question = Submit | AskConsistency | AskKnown | Compare | GiveEvidence
-Answer = Cosigned | Conflict | Declined | Consistency | Known | Compared | Thanks
+Answer = Cosigned | SizeConflict | Declined | Consistency | Known | Compared | Thanks
 
 questions: msgpack.Decoder[Question] = msgpack.Decoder(Question)
 answers: msgpack.Decoder[Answer] = msgpack.Decoder(Answer)

@@ -11,14 +11,14 @@ from pinaivu_box.config import WitnessConfig
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.log import checkpoint, note
-from pinaivu_box.log.note import Key, NoteError
+from pinaivu_box.log.note import NoteError, NoteKey
 from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.witness import rules, selection
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.alarms import Alarms
-from pinaivu_box.witness.comparison import Comparison
+from pinaivu_box.witness.comparison import LogComparison
 from pinaivu_box.witness.cosigning import Ask, Cosigning
 from pinaivu_box.witness.http import HttpWitnesses
 from pinaivu_box.witness.own_log import OwnLog
@@ -50,7 +50,7 @@ class Witnessing:
         self._http = HttpWitnesses()
         self._network: Network | None = None
         self._questions: Questions | None = None
-        self.comparison: Comparison | None = None
+        self.comparison: LogComparison | None = None
         self._comparing = TaskSet()
         self._told: set[str] = set()  # who has said what it knows of this box's log
         self._random = Random()  # noqa: S311, it only spreads questions
@@ -63,7 +63,7 @@ class Witnessing:
         """Witness the members' logs, and have them witness this box's."""
         self._network = network
         self._questions = questions = Questions(network, self._random)
-        self.comparison = Comparison(
+        self.comparison = LogComparison(
             self._node_id, self.witness, self.alarms, questions, self._own_log, self._is_known
         )
         server = LogServer(self.witness, self.comparison, self._own_log)
@@ -139,7 +139,7 @@ class Witnessing:
             await self._own_log.seen_elsewhere(last)
 
     async def _compare(
-        self, questions: Questions, comparison: Comparison, linked: Collection[str]
+        self, questions: Questions, comparison: LogComparison, linked: Collection[str]
     ) -> None:
         """With one member, drawn at random."""
         peer = self._random.choice(sorted(linked))
@@ -174,7 +174,7 @@ class Witnessing:
         roster = self._network.roster if self._network is not None else None
         return roster is not None and node_id in roster.known()
 
-    def _key_of(self, origin: str) -> Key | None:
+    def _key_of(self, origin: str) -> NoteKey | None:
         """The key of a log that is witnessed here: a member's, or one of the configuration."""
         try:
             node_id = checkpoint.node_of(origin)
@@ -191,7 +191,7 @@ class Witnessing:
         return None
 
 
-def _key(text: str) -> Key | None:
+def _key(text: str) -> NoteKey | None:
     try:
         return rules.read_key(text)
     except NoteError as error:
@@ -202,8 +202,8 @@ def _key(text: str) -> Key | None:
 def _ask_member(questions: Questions, member: str) -> Ask:
     async def ask(
         submit: log_wire.Submit,
-    ) -> log_wire.Cosigned | log_wire.Conflict | log_wire.Declined:
-        return await questions.ask(member, submit, (log_wire.Cosigned, log_wire.Conflict))
+    ) -> log_wire.Cosigned | log_wire.SizeConflict | log_wire.Declined:
+        return await questions.ask(member, submit, (log_wire.Cosigned, log_wire.SizeConflict))
 
     return ask
 

@@ -19,7 +19,7 @@ import msgspec
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, evidence, note, restart
-from pinaivu_box.log.note import Key, Note, NoteError, NoteSignature
+from pinaivu_box.log.note import Note, NoteError, NoteKey, NoteSignature
 from pinaivu_box.log.restart import Restart, SignedRestart
 from pinaivu_box.store import witnessed
 from pinaivu_box.store.database import Database
@@ -49,7 +49,7 @@ class Witness:
         identity: Identity,
         database: Database,
         alarms: Alarms,
-        key_of: Callable[[str], Key | None],
+        key_of: Callable[[str], NoteKey | None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._identity, self._database, self._alarms = identity, database, alarms

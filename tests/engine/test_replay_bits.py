@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pinaivu_box.audits.replay import Replay, compute_again
+from pinaivu_box.audits.replay import Recomputed, compute_again
 from pinaivu_box.engine.messages import Add, Constraint, LoadModel, Output
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.models import bundled
@@ -83,7 +83,7 @@ async def served(process: EngineProcess, request: Add, beside: int = 0) -> Serve
     return heard[request.id]
 
 
-def same(first: Served, second: Replay) -> bool:
+def same(first: Served, second: Recomputed) -> bool:
     drawn = [each.drawn for each in second.tokens]
     assert first.numbers is not None and second.text == first.text
     return drawn == first.tokens and digest_of(second.tokens) == first.numbers.hex()

@@ -167,7 +167,7 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "log answers": (
         decoded(log_wire.answers),
         [
-            log_wire.Cosigned("a\n"), log_wire.Conflict(1, "a\n"),
+            log_wire.Cosigned("a\n"), log_wire.SizeConflict(1, "a\n"),
             log_wire.Declined(404, "no", b"{}"), log_wire.Consistency(bytes(32), (bytes(32),)),
             log_wire.Known(("a\n",)), log_wire.Compared(("a\n",), (b"{}",), ("ab",)),
             log_wire.Thanks(),

@@ -77,7 +77,7 @@ class LogPeer(FakePeer):
                     await conversation.send(answer)
 
     async def ask(self, peer: str, question: Question) -> Any:
-        kinds = (log_wire.Cosigned, log_wire.Conflict, log_wire.Compared, log_wire.Known)
+        kinds = (log_wire.Cosigned, log_wire.SizeConflict, log_wire.Compared, log_wire.Known)
         return await soon(self.questions.ask(peer, question, kinds))
 
     async def submit(self, peer: str, log: WrittenLog, old: int, size: int | None = None) -> Any:
