@@ -107,6 +107,33 @@ async def test_only_the_leg_that_lies_differs(fake: EngineProcess) -> None:
 
 
 @pytest.mark.anyio
+async def test_tokens_that_the_model_does_not_have_differ(fake: EngineProcess) -> None:
+    """Else a node that cheats names one in each answer, and is never audited."""
+    tokens = said()
+    kept = transcript(tokens[:12], [*tokens[12:], 257])
+    legs = [leg_of(kept, finish_reason="peer_lost"), leg_of(kept, 1)]
+    first, second = await audit_legs(fake, kept, legs)
+    assert first.verdict == "not auditable"  # and is not to blame for the one after it
+    assert second.verdict == "differs"
+    assert "its output has token 257, and the model has tokens 0 to 256" in second.meaning
+    for prompt, told in (([], "its prompt has no tokens"), ([2**32 - 1], "its prompt has token")):
+        asked = [msgspec.structs.replace(transcript(tokens).prompts[0], tokens=prompt)]
+        kept = msgspec.structs.replace(transcript(tokens), prompts=asked)
+        (audit,) = await audit_legs(fake, kept, [leg_of(kept)])
+        assert audit.verdict == "differs" and told in audit.meaning
+
+
+@pytest.mark.anyio
+async def test_what_was_asked_may_be_any_json(fake: EngineProcess) -> None:
+    tokens = said()
+    for text in ("{}", '{"prompt":[]}', '{"prompt":[[]]}', '{"prompt":5,"messages":5}'):
+        asked = [msgspec.structs.replace(transcript(tokens).prompts[0], asked=text)]
+        kept = msgspec.structs.replace(transcript(tokens), prompts=asked)
+        (audit,) = await audit_legs(fake, kept, [leg_of(kept)])
+        assert audit.verdict == "agrees"
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("reason", "end", "told"),
     [

@@ -561,6 +561,7 @@ def test_a_receipt_is_shown_where_no_checkpoint_can_be_made(home: Path, used: An
             await service.cover()  # says so in the log file
             latest = await service.latest()
             assert latest is not None and latest.size == 5  # nobody was shown another
+            assert str(await service.checkpoint()) == latest.note
         assert await service.inclusion(used[1][0]) is not None
 
     with_log(home, ask)

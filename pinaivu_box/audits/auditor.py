@@ -33,6 +33,9 @@ async def audit_legs(
     for leg in legs:
         proof = leg.proof
         why = _unsuitable(engine, transcript, leg)
+        if not why and (wrong := _impossible(engine, transcript, proof)):
+            audits.append(LegAudit(proof.choice, proof.leg, proof.node_id, "differs", wrong))
+            continue
         if not why and proof.choice not in replays:
             replays[proof.choice] = await _replay(engine, transcript, proof)
         replay = why or replays[proof.choice]
@@ -63,6 +66,20 @@ def _unsuitable(engine: EngineProcess, transcript: RequestTranscript, leg: LegTo
         return "the transcript's tools are not those that were asked with"
     if (constraint.text if constraint else None) != asked.get("constraint"):
         return "the transcript's constraint is not the one that was asked with"
+    return ""
+
+
+def _impossible(engine: EngineProcess, transcript: RequestTranscript, proof: Proof) -> str:
+    """What no engine with the model's file makes, whatever else it computes; empty if nothing is.
+    It is not computed again, so it must not pass for what cannot be audited."""
+    prompt, made = transcript.prompt(proof.prompt), transcript.leg(proof.choice, proof.leg)
+    assert prompt is not None and made is not None  # as `mismatch` has found
+    if not prompt.tokens:
+        return "its prompt has no tokens"
+    known = engine.ready.vocabulary
+    for name, tokens in (("prompt", prompt.tokens), ("output", made.tokens)):
+        if known and max(tokens, default=0) >= known:
+            return f"its {name} has token {max(tokens)}, and the model has tokens 0 to {known - 1}"
     return ""
 
 
@@ -104,7 +121,8 @@ def request_of(transcript: RequestTranscript, proof: Proof) -> Add:
 
 def _prompt(prompt: PromptTranscript, asked: dict[str, Any]) -> dict[str, Any]:
     """A prompt of token ids may end in the middle of a character, which the text goes on with."""
-    if isinstance(asked.get("prompt"), list) and isinstance(asked["prompt"][0], list):
+    first = asked.get("prompt")
+    if isinstance(first, list) and first and isinstance(first[0], list):
         return {"prompt": prompt.tokens}
     return {"read": prompt.tokens, "thinking": prompt.thinking}
 

@@ -363,7 +363,8 @@ ToEngine = LoadModel | ListDevices | Probe | Add | Cancel | Tokenize | Embed | N
 class Ready(Struct, frozen=True, tag=True):
     """The model is loaded.  `build` names the llama.cpp version, `device` what computes: those
     devices that have layers, by their makers' names.  `memory` says what it takes on each.
-    `exactness` is as in `engine.exactness`, `cpu_variant` what computes on the CPU.
+    `exactness` is as in `engine.exactness`, `cpu_variant` what computes on the CPU.  The model has
+    `vocabulary` tokens, from 0 on.
 
     `tool_style` and `thinks` say how it writes (see `chat_format`).
     """
@@ -379,6 +380,7 @@ class Ready(Struct, frozen=True, tag=True):
     memory: list[DeviceMemory] = []
     exactness: str = ""
     cpu_variant: str = ""
+    vocabulary: int = 0
 
 
 class LoadFailed(Struct, frozen=True, tag=True):

@@ -168,6 +168,7 @@ def _ready(runners: Runners, template: SandboxedTemplate) -> Ready:
         memory=runners.memory,
         exactness=facts.exactness,
         cpu_variant=facts.cpu_variant,
+        vocabulary=facts.n_vocab,
     )
 
 

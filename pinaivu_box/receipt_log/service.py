@@ -90,10 +90,16 @@ class ReceiptLog:
             log.exception("no checkpoint of the log could be made")
 
     async def checkpoint(self) -> Note:
-        """The newest; made if the log has grown, at most one a second."""
+        """The newest; made if the log has grown, at most one a second, and if it can be (the disk
+        is not full): else that before."""
         stored = await store.last_checkpoint(self._database, self.current)
         if stored is None or time.monotonic() - self._made_at >= _MIN_SECONDS:
-            stored = await self._newest()
+            try:
+                stored = await self._newest()
+            except (OSError, sqlite3.Error) as error:
+                if stored is None:
+                    raise
+                log.error("no checkpoint of the log could be made: %s", error)
         return note.read(stored.note)
 
     async def latest(self, of: Log | None = None) -> StoredCheckpoint | None:
