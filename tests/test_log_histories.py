@@ -35,8 +35,10 @@ from pinaivu_box.receipt_log import service as service_module
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.witness.wire import MAX_STATEMENT_BYTES
 from tests.support.fake_model import FAKE, ask_fake_model
 from tests.support.in_process_command import run_command
+from tests.support.keys import known_identity
 from tests.support.process_box import Box, wait_until
 
 T = TypeVar("T")
@@ -373,6 +375,21 @@ def test_cosignatures_are_kept_and_shown(home: Path, used: Any) -> None:
                 await service.add_cosignatures(refused)
 
     with_log(home, cosign)
+
+
+def test_a_statement_has_room_whoever_has_cosigned(home: Path) -> None:
+    """A link carries one of a certain length only."""
+    last = note.read((home / "log.checkpoint").read_text())
+
+    async def begin(service: ReceiptLog, _database: Database) -> None:
+        many = [checkpoint.cosign(known_identity(n), last.text, 1_700_000_000) for n in range(60)]
+        assert await service.add_cosignatures(note.joined(last, many)) == 60
+        await service.histories.begin("For a test.", None)
+        assert len(service.statement()) <= MAX_STATEMENT_BYTES
+        said = restart.read(SignedRestart(**json.loads(service.statement())))
+        assert said.last_checkpoint == str(last)
+
+    with_log(home, begin)
 
 
 def test_the_newest_checkpoint_with_cosignatures_is_the_one_of_a_proof(

@@ -208,7 +208,7 @@ class Histories:
                 node_id=self._identity.node_id,
                 origin=origin,
                 previous_origin=last.checkpoint.origin if last is not None else previous,
-                last_checkpoint=str(last.note) if last is not None else None,
+                last_checkpoint=str(_with_own_signature(last)) if last is not None else None,
                 time=utc_text(time.time()),
                 reason=reason,
             ),
@@ -230,6 +230,12 @@ def _known(text: str, origin: str) -> SignedCheckpoint | None:
         return None
     right = found.origin == origin and checkpoint.is_signed(signed, found)
     return SignedCheckpoint(found, signed) if right else None
+
+
+def _with_own_signature(known: SignedCheckpoint) -> Note:
+    """Without cosignatures, of which a statement that is sent has no room for many."""
+    key = checkpoint.log_key(known.checkpoint.origin)
+    return Note(known.note.text, tuple(one for one in known.note.signatures if one.is_by(key)))
 
 
 def _signed(statement: SignedRestart) -> tuple[bytes, bytes]:

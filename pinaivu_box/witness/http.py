@@ -54,7 +54,7 @@ class HttpWitnesses:
         if status == 200:
             return Cosigned(text)
         if status == _REFUSED and former and not submit.restart:
-            return Conflict(0, former)
+            return SizeConflict(0, former)
         if status != _CONFLICT:
             return Declined(status, f"it answered {status}")
         size = number(text.removesuffix("\n"))
