@@ -14,6 +14,7 @@ from tests.support.engine_harness import add, sampling
 
 Json = dict[str, Any]
 CONTEXT = 512
+NO_CUTS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 HEAD = 16 << 20  # bytes that contain the header of each file used
 PROMPTS = (
     "Write a short story about a fox and a hen.",
@@ -120,16 +121,16 @@ def asked(name: str, text: str, temperature: float, seed: int, tokens: int, **mo
 
 
 def requests(
-    tokens: int, temperatures: list[float], prompts: int, world: World | None = None
+    tokens: int, temperatures: list[float], prompts: int, cuts: Json, world: World | None = None
 ) -> list[Add]:
-    """What was asked; with a world, what it computes instead."""
+    """What was asked; with a world, what it computes instead.  `cuts` are parameters of both."""
     world = world or World()
     more: Json = {"before": []} if world.cut else {}
     made = []
     for temperature in temperatures:
         for number, text in enumerate(PROMPTS[:prompts]):
             name, seed = f"{temperature:g}/{number}", 100 + number + world.seeds
-            heat, other = temperature + world.heat, dict(world.sampling)
+            heat, other = temperature + world.heat, {**cuts, **world.sampling}
             made.append(asked(name, text, heat, seed, tokens, sampling=other, **more))
     return made
 
