@@ -58,6 +58,8 @@ def evidence(call: Call, id_or_file: str | None, dismiss: bool) -> None:
             raise UsageError("--dismiss needs the id of an alarm, which the list shows.")
         call.print_list([_shown(alarm) for alarm in _alarms(call)], _COLUMNS)
     elif (document := documents.document(id_or_file)) is not None:
+        if dismiss:
+            raise UsageError("--dismiss needs the id of an alarm, not a file.")
         _verify(call, document)
     else:
         alarm = _find(call, id_or_file)

@@ -117,6 +117,12 @@ def is_signed(note: Note, checkpoint: Checkpoint) -> bool:
     return bool(signatures) and _verifies(key, note.text, signatures[0])
 
 
+def without_cosignatures(signed: Note) -> Note:
+    """With the log's own signature only.  Raises NoteError if it is no checkpoint."""
+    key = log_key(read(signed).origin)
+    return Note(signed.text, tuple(each for each in signed.signatures if each.is_by(key)))
+
+
 def cosign(identity: Identity, text: str, time: int) -> NoteSignature:
     """A witness's signature over the text of a checkpoint, which it has found consistent with all
     that it saw before; `time` is a Unix time in s."""

@@ -38,7 +38,7 @@ class Fork(Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-class Step(NamedTuple):
+class EvidenceCheck(NamedTuple):
     """A check of evidence: whether it holds, and in a sentence what that means."""
 
     name: str
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 def fork(first: Note, second: Note, proof: Sequence[bytes] = ()) -> Fork | None:
     """The evidence that these two are, or None if they show no fork.  Signatures count that are the
     log's own; the others are left out.  Raises NoteError if one is not a checkpoint."""
-    one, other = (_only_own(each) for each in (first, second))
+    one, other = (checkpoint.without_cosignatures(each) for each in (first, second))
     if checkpoint.read(one).size > checkpoint.read(other).size:
         one, other = other, one
     found = Fork((str(one), str(other)), tuple(map(note.encode, proof)))
@@ -72,7 +72,7 @@ def read(document: bytes) -> tuple[Checkpoint, Checkpoint]:
     return first, second
 
 
-def verify(document: bytes) -> list[Step]:
+def verify(document: bytes) -> list[EvidenceCheck]:
     """All checks in order, up to the first that fails."""
     try:
         found = _decode(document)
@@ -84,30 +84,32 @@ def verify(document: bytes) -> list[Step]:
         if first.origin != second.origin or first.size > second.size:
             raise NoteError("its checkpoints are not of one log, the smaller first")
     except NoteError as error:
-        return [Step("form", False, f"This is no evidence: {error}.")]
-    steps = [Step("form", True, f"Two checkpoints of {first.origin}.")]
+        return [EvidenceCheck("form", False, f"This is no evidence: {error}.")]
+    steps = [EvidenceCheck("form", True, f"Two checkpoints of {first.origin}.")]
     for number, (signed, seen) in enumerate(zip(notes, (first, second), strict=True), start=1):
         if not checkpoint.is_signed(signed, seen):
             meaning = f"{first.node_id} has not signed checkpoint {number}."
-            return [*steps, Step(f"signature {number}", False, meaning)]
+            return [*steps, EvidenceCheck(f"signature {number}", False, meaning)]
         meaning = f"{first.node_id} has signed that its first {seen.size} entries have this root."
-        steps.append(Step(f"signature {number}", True, meaning))
+        steps.append(EvidenceCheck(f"signature {number}", True, meaning))
     return [*steps, _disagreement(first, second, proof)]
 
 
-def _disagreement(first: Checkpoint, second: Checkpoint, proof: Sequence[bytes]) -> Step:
+def _disagreement(first: Checkpoint, second: Checkpoint, proof: Sequence[bytes]) -> EvidenceCheck:
     name, fork = "fork", "No tree has both: the box has signed two histories of one log."
     if first.size == second.size:
         if proof or first.root == second.root:
-            return Step(name, False, "Both checkpoints say the same.")
-        return Step(name, True, f"Both are of {first.size} entries, with different roots.  {fork}")
+            return EvidenceCheck(name, False, "Both checkpoints say the same.")
+        return EvidenceCheck(
+            name, True, f"Both are of {first.size} entries, with different roots.  {fork}"
+        )
     if merkle.other_beginning(first.size, first.root, second.size, second.root, proof):
         meaning = (
             f"The hashes lead to the second root, and to another one than the first at "
             f"{first.size} entries.  {fork}"
         )
-        return Step(name, True, meaning)
-    return Step(name, False, "The hashes do not show that the two checkpoints disagree.")
+        return EvidenceCheck(name, True, meaning)
+    return EvidenceCheck(name, False, "The hashes do not show that the two checkpoints disagree.")
 
 
 def _decode(document: bytes) -> Fork:
@@ -118,8 +120,3 @@ def _decode(document: bytes) -> Fork:
         return msgspec.json.decode(document, type=Fork)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise NoteError(f"it is not the JSON of a fork ({error})") from None
-
-
-def _only_own(signed: Note) -> Note:
-    key = checkpoint.log_key(checkpoint.read(signed).origin)
-    return Note(signed.text, tuple(each for each in signed.signatures if each.is_by(key)))

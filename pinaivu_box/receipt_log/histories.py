@@ -99,7 +99,7 @@ class Histories:
         fields = {"origin": origin, "reason": reason or ""}
         if reason is not None and reason not in (RESTORED, LOST):
             self.findings.append(reason)
-        level = logging.WARNING if reason else logging.INFO
+        level = logging.WARNING if reason else logging.DEBUG  # of a new box nobody needs it
         log.log(level, "a log of receipts begins", extra={"fields": fields})
         await self._adopt()
 

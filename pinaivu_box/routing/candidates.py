@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from pinaivu_box.amount import Prices
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.changes import Changes
 from pinaivu_box.errors import ModelNotFound, NoNodesAvailable
@@ -203,27 +204,7 @@ class Candidates:
         reported = peer.loads.get(offer.id)
         heard = reported.at if reported else peer.advert_at or 0.0
         max_cost = price.most(*max_tokens)
-        refuses: str | None = None
         of_upstream = offer.digest.hex() == upstream_digest(offer.id)
-        if job.images:
-            refuses = _NO_IMAGES
-        elif of_upstream and job.leg:
-            refuses = "has it from an upstream, which goes on with nobody's answer"
-        elif job.peers and not {peer.node_id, peer.name} & set(job.peers):
-            refuses = "is not among the peers that the key allows"
-        elif self._reputation.distrusts(peer.node_id):
-            refuses = _DISTRUSTED
-        elif state.busy_until > time.monotonic():
-            refuses = _BUSY
-        elif (why := self._reputation.forked(peer.node_id)) is not None:
-            refuses = why
-        else:
-            # What runs there counts too, so requests side by side do not exceed a limit together.
-            owed = self._owed.get(peer.node_id, {}).get(advert.currency, 0)
-            owed += sum(cost for _, cost in state.running.values())
-            refuses = spending_limits.refusal(
-                price, self._settings.config.peering, advert.currency, owed=owed, cost=max_cost
-            )
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -243,7 +224,7 @@ class Candidates:
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
             tripped=self._breaker.why(peer.node_id),
-            refuses=refuses,
+            refuses=self._refusal(job, peer, advert.currency, price, max_cost, of_upstream),
             max_cost=max_cost,
             destination=Destination(
                 peer.node_id,
@@ -254,6 +235,29 @@ class Candidates:
                 of_upstream=of_upstream,
             ),
         )
+
+    def _refusal(
+        self, job: Job, peer: Peer, currency: str, price: Prices, cost: int, of_upstream: bool
+    ) -> str | None:
+        """Why this box does not ask the peer for the job, which may cost so much, or None."""
+        state = self._states[peer.node_id]
+        if job.images:
+            return _NO_IMAGES
+        if of_upstream and job.leg:
+            return "has it from an upstream, which goes on with nobody's answer"
+        if job.peers and not {peer.node_id, peer.name} & set(job.peers):
+            return "is not among the peers that the key allows"
+        if self._reputation.distrusts(peer.node_id):
+            return _DISTRUSTED
+        if state.busy_until > time.monotonic():
+            return _BUSY
+        if (why := self._reputation.forked(peer.node_id)) is not None:
+            return why
+        # What runs there counts too, so requests side by side do not exceed a limit together.
+        owed = self._owed.get(peer.node_id, {}).get(currency, 0)
+        owed += sum(running for _, running in state.running.values())
+        peering = self._settings.config.peering
+        return spending_limits.refusal(price, peering, currency, owed=owed, cost=cost)
 
     def _upstream(
         self, job: Job, upstream: Upstream, warm: str | None, tokens: _Tokens

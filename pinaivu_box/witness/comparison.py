@@ -217,16 +217,10 @@ class LogComparison:
                 if known is not None and known.text == signed.text:
                     continue  # which is the most, and needs no signature
                 if self._is_known(seen.node_id) and checkpoint.is_signed(signed, seen):
-                    found.append((_only_own(signed, seen), seen))
+                    found.append((checkpoint.without_cosignatures(signed), seen))
             except NoteError as error:
                 log.debug("a peer sent a checkpoint that is none: %s", error)
         return found
-
-
-def _only_own(signed: Note, seen: Checkpoint) -> Note:
-    """With the log's signature only."""
-    key = checkpoint.log_key(seen.origin)
-    return Note(signed.text, tuple(each for each in signed.signatures if each.is_by(key)))
 
 
 def _short(text: str) -> str:

@@ -87,7 +87,14 @@ class Cosigning:
             proof = await self._proof(newest, old)
             if proof is None:
                 return
-            answer = await ask(Submit(old, proof, _only_own(signed), self._own_log.statement()))
+            answer = await ask(
+                Submit(
+                    old,
+                    proof,
+                    str(checkpoint.without_cosignatures(signed)),
+                    self._own_log.statement(),
+                )
+            )
             if isinstance(answer, Cosigned):
                 await self._keep(name, answer.signature, signed)
                 return
@@ -139,8 +146,3 @@ def cosigned_by(name: str, lines: str, signed: Note) -> Note | None:
         return None
     key = checkpoint.witness_key(right[0])
     return note.joined(signed, [each for each in whole.signatures if each.is_by(key)])
-
-
-def _only_own(signed: Note) -> str:
-    key = checkpoint.log_key(checkpoint.read(signed).origin)
-    return str(Note(signed.text, tuple(each for each in signed.signatures if each.is_by(key))))

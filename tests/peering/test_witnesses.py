@@ -345,6 +345,8 @@ def _verified_by_others(folder: Path, alarm: Any) -> None:
     assert "4. ok     fork: " in done.stdout
     text = alarm.document.decode()
     file.write_text(text.replace('"checkpoints"', '"checkpoint"'))
+    dismissed = ("receipts", "evidence", str(file), "--dismiss")
+    assert run_command(*dismissed, home=folder / "nowhere", check=False).returncode == 2
     refused = run_command("receipts", "evidence", str(file), home=folder / "nowhere", check=False)
     assert refused.returncode == 1 and "1. FAILED form: " in refused.stdout
 
