@@ -93,6 +93,10 @@ class PullFailed(BoxError):
     unless it is wrong."""
 
 
+class ReleaseNotVerified(BoxError):
+    """A file is not, or is not known to be, what the owner of the release key has released."""
+
+
 class PeeringError(BoxError):
     """Communication between two boxes failed; the caller decides what a client is told."""
 

@@ -45,6 +45,7 @@ ROOMS = (
     "policy",
     "policy_bounds",
     "identity",
+    "release",
     "log",
     "logs",
     "openai",
