@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 import subprocess
@@ -36,11 +35,13 @@ def read(release: ReleasedFiles) -> tuple[bytes, bytes]:
 def test_what_the_release_key_signed_is_known_by_name(release: ReleasedFiles) -> None:
     digests = sums.verified(*read(release), release.public_key)
     assert sorted(digests) == ["install.sh", PROGRAM]
-    sums.check(io.BytesIO(b"program"), PROGRAM, digests)
-    with pytest.raises(ReleaseNotVerified, match="is not the file that was released"):
-        sums.check(io.BytesIO(b"programs"), PROGRAM, digests)
+    program = release.folder / PROGRAM
+    sums.check(program, PROGRAM, digests)
     with pytest.raises(ReleaseNotVerified, match="is not in SHA256SUMS"):
-        sums.check(io.BytesIO(b"program"), "pinaivu-1.2.2-linux-x86_64", digests)
+        sums.check(program, "pinaivu-1.2.2-linux-x86_64", digests)
+    program.write_bytes(b"programs")
+    with pytest.raises(ReleaseNotVerified, match="is not the file that was released"):
+        sums.check(program, PROGRAM, digests)
 
 
 def test_every_changed_bit_is_noticed(release: ReleasedFiles) -> None:
@@ -149,5 +150,5 @@ def test_the_page_of_releases_is_named_once(monkeypatch: pytest.MonkeyPatch) -> 
     installed = Message()
     installed["Project-URL"] = f"Releases, {named}"
     monkeypatch.setattr(place, "_PYPROJECT", ROOT / "absent")
-    monkeypatch.setattr(place.metadata, "metadata", lambda _name: installed)
+    monkeypatch.setattr(place, "metadata", lambda _name: installed)
     assert place.releases_url({}) == named.rstrip("/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from importlib import metadata
+from importlib.metadata import metadata
 from pathlib import Path
 
 _PROJECT = "pinaivu-box"
@@ -24,5 +24,5 @@ def _project_urls() -> dict[str, str]:
         project = tomllib.loads(_PYPROJECT.read_text())["project"]
         if project["name"] == _PROJECT:
             return dict(project["urls"])
-    lines = metadata.metadata(_PROJECT).get_all("Project-URL") or []
+    lines = metadata(_PROJECT).get_all("Project-URL") or []
     return dict(line.split(", ", 1) for line in lines)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import BinaryIO
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -70,17 +69,19 @@ def parse(sums: bytes) -> dict[str, str]:
     return found
 
 
-def check(file: BinaryIO, name: str, digests: dict[str, str]) -> None:
-    """Check that the content of `file` is that of the release's file `name`.
+def check(path: Path, name: str, digests: dict[str, str]) -> None:
+    """Check that the file at `path` is the release's file `name`.
 
-    Raises ReleaseNotVerified.
+    Raises ReleaseNotVerified, and OSError if it cannot be read.
     """
     wanted = digests.get(name)
     if wanted is None:
         raise ReleaseNotVerified(
             f"{quoted(name)} is not in {SUMS}: it belongs to another release, or was renamed."
         )
-    if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted:
         raise ReleaseNotVerified(
             f"{name} is not the file that was released: its SHA-256 differs from the signed one; "
             "delete it, and download it again."
