@@ -1,4 +1,5 @@
-"""Files appended to the executable: the default model, and payloads (`payload`).
+"""Files appended to the executable: the program that it unpacks (`build/launcher`), payloads
+(`payload`), and the default model.
 
 Each begins at a page boundary, so that it can be memory-mapped, and ends with a footer of 64 bytes:
 a mark that says what it is, its offset and size, its SHA-256, and the size that the executable had
@@ -8,6 +9,7 @@ before, which old versions left 0 (integers are little-endian u64).  They are fo
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -16,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-MODEL, PAYLOAD = b"pnvgguf1", b"pnvbknd1"  # marks
+MODEL, PAYLOAD, PROGRAM = b"pnvgguf1", b"pnvbknd1", b"pnvprog1"  # marks
 FOOTER = struct.Struct("<8sQQ32sQ")
+_LENGTH = struct.Struct("<I")  # of a payload's table
 _PAGE = 65536  # a multiple of every page size in use
 
 
@@ -38,6 +41,18 @@ def program_has_payload() -> bool:
     """Whether this process runs an executable that carries one."""
     frozen = getattr(sys, "frozen", False)
     return frozen and any(one.mark == PAYLOAD for one in read(Path(sys.executable)))
+
+
+def payload_names(path: Path) -> list[str]:
+    """The names of the payloads appended to `path` (`engine/payload.py` describes them)."""
+    names = []
+    for one in read(path):
+        if one.mark == PAYLOAD:
+            with path.open("rb") as file:
+                file.seek(one.offset)
+                (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+                names.append(str(json.loads(file.read(length))["name"]))
+    return names
 
 
 def read(path: Path) -> list[Appended]:
@@ -71,6 +86,6 @@ def _read_footer(file: BinaryIO, path: Path, end: int) -> Appended | None:
         return None
     file.seek(end - FOOTER.size)
     mark, offset, size, digest, before = FOOTER.unpack(file.read(FOOTER.size))
-    if mark not in (MODEL, PAYLOAD) or not before <= offset <= offset + size <= end - FOOTER.size:
+    if mark not in (MODEL, PAYLOAD, PROGRAM) or not before <= offset <= offset + size <= end - FOOTER.size:
         return None
     return Appended(path, mark, offset, size, digest.hex(), before or offset)

@@ -97,6 +97,10 @@ class ReleaseNotVerified(BoxError):
     """A file is not, or is not known to be, what the owner of the release key has released."""
 
 
+class UpdateFailed(BoxError):
+    """This program cannot be replaced by another version of it; it is as it was."""
+
+
 class PeeringError(BoxError):
     """Communication between two boxes failed; the caller decides what a client is told."""
 

@@ -46,6 +46,7 @@ ROOMS = (
     "policy_bounds",
     "identity",
     "release",
+    "update",
     "log",
     "logs",
     "openai",

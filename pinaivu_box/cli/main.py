@@ -37,6 +37,7 @@ COMMANDS = {
     "upstreams": ("upstreams:upstreams", "List the other servers that serve its models."),
     "backup": ("backup:backup", "Back up the box into one file."),
     "restore": ("backup:restore", "Restore a backup."),
+    "update": ("update:update", "Update this executable to the newest release."),
     "doctor": ("doctor:doctor", "Check the box and its machine."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),

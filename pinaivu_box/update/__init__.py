@@ -1,0 +1,1 @@
+"""Updates of the executable: what the page of releases offers, and putting it in place."""
