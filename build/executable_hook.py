@@ -1,63 +1,57 @@
 """Runs in the executable before our own code (pinaivu.spec names it).
 
-PyInstaller's executable runs as two processes: a loader, which unpacks the libraries into a folder
-of the temporary directory and waits, and its child, which is us. Left alone, a `kill -9` of the
-loader would leave the server running, and the folder behind.
+The executable is the launcher (build/launcher), which has unpacked the program into a folder of the
+user's cache and started it there.  This makes the executable, not that folder, what the program
+takes itself for, and removes what older versions have unpacked.
 """
 
 import contextlib
-import fcntl
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
-HELD_FOR_SURE = 3600.0  # seconds; a younger folder may be one that is just being unpacked
-PR_SET_PDEATHSIG = 1
-SIGKILL = 9
-
-
-def hold(folder: Path) -> None:
-    """Lock the folder for as long as this process lives; systemd-tmpfiles heeds that lock too."""
-    with contextlib.suppress(OSError):  # a file system without locks: there, nothing is removed
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
-
-
-def end_with_the_loader() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
-
-
-def remove_those_left_behind(folder: Path) -> None:
-    """Folders that an executable like this one has unpacked, and that no process holds."""
-    for other in folder.parent.glob("_MEI*"):
-        try:
-            found = other.lstat()
-            old = time.time() - found.st_mtime > HELD_FOR_SURE
-            if old and found.st_uid == os.getuid() and (other / "pinaivu_box").is_dir():
-                remove_unless_held(other)
-        except OSError:  # somebody else was faster
-            continue
-
-
-def remove_unless_held(folder: Path) -> None:
-    import shutil
-
-    handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
+# Folders beside ours: programs, one that was damaged, one whose unpacking was cut off.
+OURS = re.compile(r"program-[0-9a-f]{24}|\.(?:old|new)-[0-9a-f-]+")
+UNFINISHED = re.compile(r"\.new-[0-9a-f-]+")
+STILL_UNPACKED_SECONDS = 3600.0  # a younger one may not have been locked yet
 
 
 def main() -> None:
-    folder = Path(sys._MEIPASS)  # type: ignore[attr-defined]
-    hold(folder)
-    if sys.argv[1:2] == ["serve"]:
-        end_with_the_loader()
-        remove_those_left_behind(folder)
+    launched = os.environ.pop("PINAIVU_LAUNCHED", None)
+    if launched is None:
+        sys.exit("pinaivu: this is a part of Pinaivu Box: start the executable that it came from.")
+    fresh, lock, executable = launched.split(":", 2)
+    sys.executable = executable
+    os.set_inheritable(int(lock), False)  # it is ours alone, and held as long as we live
+    if fresh == "1":
+        remove_unused(Path(sys._MEIPASS))  # type: ignore[attr-defined]
+
+
+def remove_unused(ours: Path) -> None:
+    """Remove the folders beside ours that no process runs from."""
+    for other in ours.parent.iterdir():
+        if other != ours and OURS.fullmatch(other.name):
+            with contextlib.suppress(OSError):  # it is in use, or somebody else was faster
+                remove_unless_held(other)
+
+
+def remove_unless_held(folder: Path) -> None:
+    import fcntl
+    import shutil
+
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(handle)
+        age = time.time() - found.st_mtime
+        if UNFINISHED.fullmatch(folder.name) and age < STILL_UNPACKED_SECONDS:
+            return
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if found.st_uid == os.geteuid():
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 main()

@@ -5,8 +5,6 @@ payloads.py assemble EXECUTABLE MODEL [PAYLOAD...]
 """
 
 import hashlib
-import mmap
-import struct
 import sys
 from pathlib import Path
 
@@ -17,10 +15,6 @@ from pinaivu_box.engine.payload import LENGTH, Payload, PayloadFile, Table, zstd
 from pinaivu_box.models import bundled
 
 LEVEL = 10  # higher ones take minutes and gain little: GPU code comes compressed
-# PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
-# here, then the place of the table of contents in it and Python's version and library.
-COOKIE = struct.Struct("!8sI76s")
-COOKIE_MAGIC = b"MEI\014\013\012\013\016"
 
 
 def make(target: Path, name: str, folder: Path, companions: list[Path]) -> None:
@@ -54,30 +48,12 @@ def digest(path: Path) -> str:
 
 def assemble(executable: Path, model: Path, payloads: list[Path]) -> None:
     """Appends payloads and the default model to the executable, in place of those it has."""
-    before = appended.read(executable)
-    if before:
-        with executable.open("r+b") as file:
-            file.truncate(before[-1].before)
+    (program,) = [one for one in appended.read(executable) if one.mark == appended.PROGRAM]
+    with executable.open("r+b") as file:
+        file.truncate(program.offset + program.size + appended.FOOTER.size)
     for path in payloads:
         appended.append(executable, appended.PAYLOAD, path)
     bundled.append(executable, model)
-    repeat_cookie(executable)
-
-
-def repeat_cookie(executable: Path) -> None:
-    """Puts PyInstaller's cookie behind the model as well.
-
-    Its loader looks for it from the end of the file on: each start would read through the model,
-    which takes 0.4 s.
-    """
-    with executable.open("r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            first = content.rfind(COOKIE_MAGIC)
-            magic, length, rest = COOKIE.unpack_from(content, first)
-            second = len(content) - appended.FOOTER.size
-            footer = content[second:]
-        file.seek(second)
-        file.write(COOKIE.pack(magic, length + second - first, rest) + footer)
 
 
 if __name__ == "__main__":

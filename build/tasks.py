@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import gpu
+import launcher
 import llama
 from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
@@ -77,12 +78,16 @@ def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
 
 
 def make_executable(work: Path, target: Path, payloads: list[Path]) -> None:
+    start = launcher.launcher(cache())
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
     with step("freezing pinaivu (about a minute)"):
         run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
 
-    made = work / "dist/pinaivu"
+    made = work / "pinaivu.new"
+    with step("packing the program (30-60 seconds)"):
+        parts = [str(made), str(start), str(work / "dist/pinaivu")]
+        run_quietly([str(PYTHON), str(BUILD / "program.py"), *parts], "packing the program")
     parts = [str(made), str(MODEL), *map(str, payloads)]
     with step("appending the default model"):
         assemble = [str(PYTHON), str(BUILD / "payloads.py"), "assemble", *parts]
