@@ -6,11 +6,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import glibc
 import gpu
 import llama
 from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
 from progress import step
+from release import release, reproducible
 
 # Tests of a file share processes, and wait for them most of the time: six workers keep two cores
 # busy.  The order of files is that of tests/conftest.py.
@@ -45,8 +47,10 @@ def test(arguments: list[str]) -> None:
 
 def binary(arguments: list[str]) -> None:
     """The executable in dist/; with --cuda or --vulkan one that carries this backend as a payload,
-    and with --cublas also a payload with cuBLAS, to be put beside it."""
-    choice, rest = gpu.read_options(arguments)
+    and with --cublas also a payload with cuBLAS, to be put beside it.  --any-glibc: also if it
+    needs a newer glibc than a release may."""
+    any_glibc = "--any-glibc" in arguments
+    choice, rest = gpu.read_options([one for one in arguments if one != "--any-glibc"])
     gpu.refuse(rest, "binary")
     need_space(ROOT, 3000 if choice.with_cublas else 1000)
     made = gpu.make(choice) if choice.kind else None
@@ -54,7 +58,9 @@ def binary(arguments: list[str]) -> None:
     with locked(BUILD):
         work = VENV / "pyinstaller"
         payloads = [make_payloads(work, choice, made)] if made else []
-        make_executable(work, ROOT / "dist" / name, payloads)
+        frozen = freeze(work)
+        check_glibc(frozen, [made.folder] if made else [], any_glibc)
+        put_together(frozen, ROOT / "dist" / name, payloads)
 
 
 def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
@@ -76,20 +82,42 @@ def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
     return target
 
 
-def make_executable(work: Path, target: Path, payloads: list[Path]) -> None:
+def freeze(work: Path) -> Path:
+    """The executable without model and payloads, in `work`."""
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
     with step("freezing pinaivu (about a minute)"):
-        run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
+        command = [str(PYTHON), "-m", "PyInstaller", *options]
+        run_quietly(command, "PyInstaller", more=reproducible())
+    return work / "dist/pinaivu"
 
-    made = work / "dist/pinaivu"
+
+def check_glibc(frozen: Path, backends: list[Path], any_glibc: bool = False) -> None:
+    """Says which glibc the executable needs.  Raises Stop if a release may not need it."""
+    script = [str(PYTHON), str(BUILD / "baseline.py"), str(frozen), *map(str, backends)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    major, minor, file = done.stdout.split(maxsplit=2)
+    need = glibc.Need((int(major), int(minor)), file.strip())
+    say(f"the executable needs {need}")
+    if need.version > glibc.NEWEST and not any_glibc:
+        newest = ".".join(map(str, glibc.NEWEST))
+        raise Stop(
+            f"it would not start where glibc is {newest}, as a release has to: build it on an "
+            "older system, such as Ubuntu 22.04, or say --any-glibc to have it for newer ones"
+        )
+
+
+def put_together(frozen: Path, target: Path, payloads: list[Path]) -> None:
+    """The executable at `target`: what `freeze` made, with payloads and the default model."""
+    target.parent.mkdir(exist_ok=True)
+    made = target.with_name(f"{target.name}.new")
+    shutil.copy2(frozen, made)
     parts = [str(made), str(MODEL), *map(str, payloads)]
     with step("appending the default model"):
         assemble = [str(PYTHON), str(BUILD / "payloads.py"), "assemble", *parts]
         run_quietly(assemble, "appending the model")
         seconds = start_up_time(made)
-    target.parent.mkdir(exist_ok=True)
-    shutil.move(made, target)
+    made.replace(target)
     size = target.stat().st_size / 1e6
     say(f"made dist/{target.name}: {size:.0f} MB, `--version` in {seconds:.1f} s")
 
@@ -124,4 +152,4 @@ def start_up_time(executable: Path) -> float:
     return seconds
 
 
-RUN = {"test": test, "binary": binary, "wheel": wheel}
+RUN = {"test": test, "binary": binary, "wheel": wheel, "release": release}

@@ -38,6 +38,8 @@ COMMANDS = {
     "backup": ("backup:backup", "Back up the box into one file."),
     "restore": ("backup:restore", "Restore a backup."),
     "doctor": ("doctor:doctor", "Check the box and its machine."),
+    "verify-release": ("verify_release:verify_release", "Check downloaded files of a release."),
+    "licenses": ("licenses:licenses", "Show the licences of all that is in this program."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
     "chat-server": ("serve:chat_server", ""),
