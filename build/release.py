@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from progress import step
 DIST = ROOT / "dist"
 PACKAGE = ROOT / "pinaivu_box"
 PUBLIC_KEY = PACKAGE / "release/public_key.pem"
+SYSTEMS = {"darwin": "macos"}
 EARLIEST = "315532800"  # seconds: 1980, before which a zip file knows no time
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 USAGE = (
     "--key FILE or --unsigned, --cuda [--arch ARCHITECTURES] [--cublas], --vulkan, --dirty; or"
-    " --new-key FILE"
+    " --sign with one of the first two; or --new-key FILE"
 )
 
 
@@ -42,9 +44,13 @@ class Options:
 
 
 def release(arguments: list[str]) -> None:
-    """Everything of a release, from a clean tree; or with --new-key a release key."""
+    """Everything of a release, from a clean tree.  With --new-key a release key; with --sign only
+    sums and signature of what is in dist/, such as files that were made on several machines."""
     if arguments[:1] == ["--new-key"]:
         new_key(arguments[1:])
+        return
+    if arguments[:1] == ["--sign"]:
+        sign_again(read_options(arguments[1:]))
         return
     options = read_options(arguments)
     check_tree(options.dirty)
@@ -123,7 +129,7 @@ def make_files(options: Options, public: str) -> list[Path]:
     DIST.mkdir(exist_ok=True)
     work = VENV / "pyinstaller"
     stem = f"pinaivu-{version()}"
-    platform = f"linux-{os.uname().machine}"
+    platform = f"{SYSTEMS.get(sys.platform, sys.platform)}-{os.uname().machine}"
     executables = [DIST / f"{stem}-{platform}"]
     frozen = tasks.freeze(work)
     made = [gpu.make(choice) for choice in options.variants]
@@ -217,6 +223,16 @@ def write_sums(files: list[Path]) -> None:
     (DIST / SIGNATURE).unlink(missing_ok=True)  # that of another release
 
 
+def sign_again(options: Options) -> None:
+    public_half(options)
+    files = [path for path in DIST.glob("*") if path.name not in (SUMS, SIGNATURE)]
+    if not files:
+        raise Stop("there is nothing in dist/ to be signed: build/release without --sign makes it")
+    write_sums(files)
+    sign(options)
+    say(f"made dist/{SUMS} of {len(files)} files")
+
+
 def sign(options: Options) -> None:
     if options.key is None:
         say("the release is not signed: nobody can verify it, and nothing installs it")
@@ -230,9 +246,10 @@ def sign(options: Options) -> None:
 
 
 def public_half(options: Options) -> str:
-    """Of the key that signs (PEM); "" without one.  Raises Stop if it is not the project's."""
+    """Of the key that signs, or else of the project's (PEM); "" if there is none.  Raises Stop if
+    the two differ."""
     if options.key is None:
-        return ""
+        return PUBLIC_KEY.read_text() if PUBLIC_KEY.exists() else ""
     public = signing("public", options.key)
     if PUBLIC_KEY.exists() and PUBLIC_KEY.read_text() != public:
         raise Stop(

@@ -98,6 +98,8 @@ def check_glibc(frozen: Path, backends: list[Path], any_glibc: bool = False) -> 
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     major, minor, file = done.stdout.split(maxsplit=2)
     need = glibc.Need((int(major), int(minor)), file.strip())
+    if not need.version[0]:  # not on Linux
+        return
     say(f"the executable needs {need}")
     if need.version > glibc.NEWEST and not any_glibc:
         newest = ".".join(map(str, glibc.NEWEST))
