@@ -15,6 +15,7 @@ LOCKS = {
     "run": BUILD / "requirements.txt",
     "dev": BUILD / "requirements-dev.txt",
     "clients": BUILD / "requirements-clients.txt",
+    "release": BUILD / "requirements-release.txt",
 }
 LLAMA_LOCK = BUILD / "llama-cpp-python.txt"
 LLAMA_PATCH = BUILD / "llama.patch"

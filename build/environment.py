@@ -113,6 +113,20 @@ def set_up_clients() -> None:
     write_stamp("clients", stamp)
 
 
+def set_up_release() -> None:
+    """What makes a wheel and checks a bill of materials, in an environment of its own."""
+    stamp = digest(LOCKS["release"].read_bytes())
+    if not outdated({"release": {stamp}}):
+        return
+    folder = VENV / "release"
+    python = getattr(sys, "_base_executable", sys.executable)
+    packages = ["install", "--require-hashes", "--no-deps", "-r", str(LOCKS["release"])]
+    with step("installing the tools that make a release (10-30 seconds)"):
+        run_quietly([python, "-m", "venv", "--clear", str(folder)], "making .venv/release")
+        pip(*packages, python=folder / "bin/python")
+    write_stamp("release", stamp)
+
+
 def link_model() -> None:
     """Puts the default model where the package looks for models that came with it."""
     cached = cache() / f"smollm2-135m-{model_key()}.gguf"
@@ -214,11 +228,15 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in unwanted}
 
 
-def run_quietly(command: list[str], what: str) -> None:
-    """Raises Stop with the end of the output if the command fails."""
+def run_quietly(
+    command: list[str], what: str, cwd: Path | None = None, more: dict[str, str] | None = None
+) -> None:
+    """Runs a command, in our environment and `more`.  Raises Stop with the end of its output if it
+    fails."""
     done = subprocess.run(
         command,
-        env=clean_environment(),
+        cwd=cwd,
+        env=clean_environment() | (more or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

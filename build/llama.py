@@ -28,6 +28,7 @@ from patching import apply
 from progress import step
 
 NINJA_STEP = re.compile(r"\s*\[(\d+)/(\d+)\] ")
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip file knows
 BUILD_ERROR = re.compile(r"\bFAILED: |CMake Error|^ERROR: ")
 
 
@@ -181,6 +182,7 @@ def slim(wheel: Path, folder: Path) -> None:
             if entry.filename.endswith(".dist-info/RECORD"):
                 lines = content.decode().splitlines(keepends=True)
                 content = "".join(line for line in lines if not re.match(LEFT_OUT, line)).encode()
+            entry.date_time = EARLIEST  # the same files make the same wheel, whenever it is built
             rest.writestr(entry, content)
 
 

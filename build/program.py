@@ -9,15 +9,14 @@ import shutil
 import struct
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-
-from glibc import baseline, below
 
 from pinaivu_box import appended
 from pinaivu_box.engine.payload import zstd
 
 LEVEL = 19  # 12 seconds more than level 10, and 5 MB less
-HEADER = struct.Struct("<IHH")  # of the program: the length of its table, the glibc that it needs
+LENGTH = struct.Struct("<I")  # of the table
 ENTRY = struct.Struct("<cQH")  # of the table: kind, size, the length of the name
 BLOCK = 1 << 20
 
@@ -36,7 +35,7 @@ def pack(folder: Path, target: Path) -> None:
     paths = sorted(folder.rglob("*"))
     table = b"".join(entry(path, str(path.relative_to(folder)).encode()) for path in paths)
     with target.open("wb") as out:
-        out.write(HEADER.pack(len(table), *baseline(below(folder)).version) + table)
+        out.write(LENGTH.pack(len(table)) + table)
         with zstd.open(out, "wb", options=compression()) as packed:
             for path in paths:
                 if path.is_symlink():
@@ -64,6 +63,22 @@ def entry(path: Path, name: bytes) -> bytes:
     else:
         kind, size = b"x" if path.name == "pinaivu" else b"f", path.stat().st_size
     return ENTRY.pack(kind, size, len(name)) + name
+
+
+def files(executable: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of an executable's program: name, content."""
+    (found,) = [one for one in appended.read(executable) if one.mark == appended.PROGRAM]
+    with executable.open("rb") as file:
+        file.seek(found.offset)
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        table, at = file.read(length), 0
+        with zstd.open(file) as content:
+            while at < length:
+                kind, size, name_size = ENTRY.unpack_from(table, at)
+                at += ENTRY.size + name_size
+                data = content.read(size)
+                if kind in b"fx":
+                    yield table[at - name_size : at].decode(), data
 
 
 if __name__ == "__main__":

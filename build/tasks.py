@@ -6,12 +6,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import glibc
 import gpu
 import launcher
 import llama
 from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
 from progress import step
+from release import release, reproducible
 
 # Tests of a file share processes, and wait for them most of the time: six workers keep two cores
 # busy.  The order of files is that of tests/conftest.py.
@@ -46,8 +48,10 @@ def test(arguments: list[str]) -> None:
 
 def binary(arguments: list[str]) -> None:
     """The executable in dist/; with --cuda or --vulkan one that carries this backend as a payload,
-    and with --cublas also a payload with cuBLAS, to be put beside it."""
-    choice, rest = gpu.read_options(arguments)
+    and with --cublas also a payload with cuBLAS, to be put beside it.  --any-glibc: also if it
+    needs a newer glibc than a release may."""
+    any_glibc = "--any-glibc" in arguments
+    choice, rest = gpu.read_options([one for one in arguments if one != "--any-glibc"])
     gpu.refuse(rest, "binary")
     need_space(ROOT, 3000 if choice.with_cublas else 1000)
     made = gpu.make(choice) if choice.kind else None
@@ -55,7 +59,9 @@ def binary(arguments: list[str]) -> None:
     with locked(BUILD):
         work = VENV / "pyinstaller"
         payloads = [make_payloads(work, choice, made)] if made else []
-        make_executable(work, ROOT / "dist" / name, payloads)
+        frozen = freeze(work)
+        check_glibc(frozen, [made.folder] if made else [], any_glibc)
+        put_together(frozen, ROOT / "dist" / name, payloads)
 
 
 def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
@@ -77,26 +83,53 @@ def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
     return target
 
 
-def make_executable(work: Path, target: Path, payloads: list[Path]) -> None:
+def freeze(work: Path) -> Path:
+    """The executable without model and payloads, in `work`."""
     start = launcher.launcher(cache())
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
     with step("freezing pinaivu (about a minute)"):
-        run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
-
-    made = work / "pinaivu.new"
+        command = [str(PYTHON), "-m", "PyInstaller", *options]
+        run_quietly(command, "PyInstaller", more=reproducible())
+    made = work / "pinaivu.frozen"
     with step("packing the program (30-60 seconds)"):
         parts = [str(made), str(start), str(work / "dist/pinaivu")]
         run_quietly([str(PYTHON), str(BUILD / "program.py"), *parts], "packing the program")
+    return made
+
+
+def check_glibc(frozen: Path, backends: list[Path], any_glibc: bool = False) -> None:
+    """Says which glibc the executable needs.  Raises Stop if a release may not need it."""
+    script = [str(PYTHON), str(BUILD / "baseline.py"), str(frozen), *map(str, backends)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    major, minor, file = done.stdout.split(maxsplit=2)
+    need = glibc.Need((int(major), int(minor)), file.strip())
+    if not need.version[0]:  # not on Linux
+        return
+    say(f"the executable needs {need}")
+    if need.version > glibc.NEWEST and not any_glibc:
+        newest = ".".join(map(str, glibc.NEWEST))
+        raise Stop(
+            f"it would not start where glibc is {newest}, as a release has to: build it on an "
+            "older system, such as Ubuntu 22.04, or say --any-glibc to have it for newer ones"
+        )
+
+
+def put_together(frozen: Path, target: Path, payloads: list[Path]) -> None:
+    """The executable at `target`: what `freeze` made, with payloads and the default model."""
+    target.parent.mkdir(exist_ok=True)
+    made = target.with_name(f"{target.name}.new")
+    shutil.copy2(frozen, made)
     parts = [str(made), str(MODEL), *map(str, payloads)]
     with step("appending the default model"):
         assemble = [str(PYTHON), str(BUILD / "payloads.py"), "assemble", *parts]
         run_quietly(assemble, "appending the model")
-        seconds = start_up_time(made)
-    target.parent.mkdir(exist_ok=True)
-    shutil.move(made, target)
+        first, later = start_up_times(made)
+    made.replace(target)
     size = target.stat().st_size / 1e6
-    say(f"made dist/{target.name}: {size:.0f} MB, `--version` in {seconds:.1f} s")
+    say(
+        f"made dist/{target.name}: {size:.0f} MB, `--version` in {first:.2f} s, later {later:.2f} s"
+    )
 
 
 def wheel(arguments: list[str]) -> None:
@@ -116,17 +149,22 @@ def wheel(arguments: list[str]) -> None:
     say(f"made dist/{made.name}: install it with pip, with --force-reinstall over another build")
 
 
-def start_up_time(executable: Path) -> float:
-    """Runs it in an empty folder without any environment: it must not need this clone."""
+def start_up_times(executable: Path) -> tuple[float, float]:
+    """Runs it twice in an empty folder, with an empty cache: it must not need this clone.  Returns
+    the seconds of the first start, which unpacks the program, and of the second."""
+    times = []
     with tempfile.TemporaryDirectory() as empty:
-        started = time.monotonic()
-        run_alone = [str(executable), "--version"]
-        done = subprocess.run(run_alone, cwd=empty, env={}, check=False, capture_output=True)
-        seconds = time.monotonic() - started
-    if done.returncode:
-        message = "the executable does not start (see above): add what it misses to pinaivu.spec"
-        raise Stop(message, shown=done.stderr.decode(errors="replace").splitlines())
-    return seconds
+        for _ in range(2):
+            started = time.monotonic()
+            alone = {"cwd": empty, "env": {"XDG_CACHE_HOME": f"{empty}/cache"}}
+            done = subprocess.run(
+                [executable, "--version"], **alone, check=False, capture_output=True
+            )
+            times.append(time.monotonic() - started)
+            if done.returncode:
+                message = "the executable does not start (see above): mend pinaivu.spec"
+                raise Stop(message, shown=done.stderr.decode(errors="replace").splitlines())
+    return times[0], times[1]
 
 
-RUN = {"test": test, "binary": binary, "wheel": wheel}
+RUN = {"test": test, "binary": binary, "wheel": wheel, "release": release}

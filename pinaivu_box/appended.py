@@ -86,6 +86,9 @@ def _read_footer(file: BinaryIO, path: Path, end: int) -> Appended | None:
         return None
     file.seek(end - FOOTER.size)
     mark, offset, size, digest, before = FOOTER.unpack(file.read(FOOTER.size))
-    if mark not in (MODEL, PAYLOAD, PROGRAM) or not before <= offset <= offset + size <= end - FOOTER.size:
+    if (
+        mark not in (MODEL, PAYLOAD, PROGRAM)
+        or not before <= offset <= offset + size <= end - FOOTER.size
+    ):
         return None
     return Appended(path, mark, offset, size, digest.hex(), before or offset)

@@ -22,6 +22,7 @@ import tests.support.process_box
 from pinaivu_box.models import bundled
 from tests.support import fake_gpu
 from tests.support.process_box import MODEL, Box, alive, environment, pinaivu, wait_until
+from tests.support.released_files import released
 
 pytestmark = [
     pytest.mark.skipif(
@@ -53,7 +54,7 @@ SOURCE_TESTS = {
 @pytest.fixture(scope="module")
 def executable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh one, away from the clone."""
-    made = subprocess.run([ROOT / "build/binary"], capture_output=True, text=True)
+    made = subprocess.run([ROOT / "build/binary", "--any-glibc"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     copy = tmp_path_factory.mktemp("executable") / "pinaivu"
     shutil.copy2(ROOT / "dist/pinaivu", copy)
@@ -244,6 +245,54 @@ def test_a_signal_to_the_whole_group_drains(
         assert slow.process.wait(30) == 0
     finally:
         end(slow)
+
+
+def test_it_says_what_is_in_it(executable: Path, nothing: object) -> None:
+    """What it was made of, not what is installed."""
+    listed = json.loads(pinaivu("licenses", "--json", home=None).stdout)
+    found = {one["name"]: one for one in listed}
+    assert {
+        "Python",
+        "pinaivu-box",
+        "llama.cpp",
+        "starlette",
+        "OpenSSL",
+        "SQLite",
+        "libstdc++",
+    } <= {*found}
+    assert found["PyInstaller"]["license"] == "GPL-2.0-or-later WITH Bootloader-exception"
+    assert not {"pytest", "mypy", "hypothesis", "pip", "setuptools"} & set(found)
+    assert "commit" in found["llama.cpp"]["source"] or found["llama.cpp"]["version"]
+    full = json.loads(pinaivu("licenses", "--json", "--full", home=None).stdout)
+    assert [one["name"] for one in full if not one["license"] or not one["texts"]] == []
+
+
+def test_it_knows_where_releases_are_and_verifies_them(
+    executable: Path, nothing: object, tmp_path: Path
+) -> None:
+    release = released(tmp_path / "release", {"pinaivu-1.2.3-linux-x86_64": b"program"})
+    (tmp_path / "key.pem").write_bytes(release.public_key)
+    file = str(release.folder / "pinaivu-1.2.3-linux-x86_64")
+    pinaivu("verify-release", file, "--key", str(tmp_path / "key.pem"), home=None)
+    archive = subprocess.run(
+        [sys.executable, "-m", "PyInstaller.utils.cliutils.archive_viewer", "-l", executable],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "'pyproject.toml'" in archive and "'pinaivu_box/release/components.json.gz'" in archive
+
+
+@pytest.mark.skipif(
+    [int(part) for part in (os.confstr("CS_GNU_LIBC_VERSION") or "9.9").split()[-1].split(".")]
+    > [2, 36],
+    reason="libraries of this system may need a newer glibc than a release",
+)
+def test_a_release_can_be_built_here(executable: Path) -> None:
+    """It runs where glibc is 2.35, as on Ubuntu 22.04."""
+    need = subprocess.run(
+        [sys.executable, ROOT / "build/baseline.py", executable],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert (2, 28) <= (int(need[0]), int(need[1])) <= (2, 35)
 
 
 # -- with a payload ------------------------------------------------------------------------------

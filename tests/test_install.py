@@ -56,13 +56,21 @@ class Installation:
         }
         self.script = SCRIPT.read_text().replace("MAX_EXECUTABLE_MB=4096", "MAX_EXECUTABLE_MB=4")
 
-    def run(self, *arguments: str, shell: str = "sh", **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, shell: str = "sh", **env: str
+    ) -> subprocess.CompletedProcess[str]:
         script = self.script
         for name, value in self.filled.items():
             assert f'\n{name}=""\n' in script
             script = script.replace(f'\n{name}=""\n', f'\n{name}="{value}"\n')
         return subprocess.run(
-            [*str(shutil.which(shell.split()[0])).split(), *shell.split()[1:], "-s", "--", *arguments],
+            [
+                *str(shutil.which(shell.split()[0])).split(),
+                *shell.split()[1:],
+                "-s",
+                "--",
+                *arguments,
+            ],
             input=script,
             capture_output=True,
             text=True,
@@ -120,7 +128,9 @@ def test_it_says_no_more_of_path_than_there_is_to_say(here: Installation) -> Non
     assert "PATH" not in done.stdout and "Start it:  pinaivu serve" in done.stdout
 
 
-def test_what_is_there_is_kept_as_the_previous_one(here: Installation, server: ReleaseServer) -> None:
+def test_what_is_there_is_kept_as_the_previous_one(
+    here: Installation, server: ReleaseServer
+) -> None:
     here.run("--variant", "cpu")
     server.release("0.10.0")
     done = here.run("--variant", "cpu")
@@ -152,7 +162,11 @@ def test_a_gpu_decides_on_the_variant_unless_somebody_does(here: Installation) -
 @pytest.mark.parametrize(
     ("file", "answer", "sentence"),
     [
-        (name_of("0.2.0"), content(fake_executable("0.2.0") + b"#"), "not the file that was released"),
+        (
+            name_of("0.2.0"),
+            content(fake_executable("0.2.0") + b"#"),
+            "not the file that was released",
+        ),
         (name_of("0.2.0"), cut_off(fake_executable("0.2.0")), "cannot be downloaded"),
         (name_of("0.2.0"), content(b"<!DOCTYPE html><p>Sign in"), "not the file that was released"),
         (name_of("0.2.0"), status(404), "cannot be downloaded"),
@@ -172,9 +186,7 @@ def test_a_gpu_decides_on_the_variant_unless_somebody_does(here: Installation) -
         ),
         (
             "SHA256SUMS",
-            content(
-                (sums_line(name_of("0.2.0"), b"") + sums_line(name_of("0.3.0"), b"")).encode()
-            ),
+            content((sums_line(name_of("0.2.0"), b"") + sums_line(name_of("0.3.0"), b"")).encode()),
             "more than one version",
         ),
     ],
@@ -200,9 +212,7 @@ def test_what_is_not_as_it_was_released_is_not_installed(
 
 def test_redirects_are_followed(here: Installation, server: ReleaseServer) -> None:
     other = server.url.replace("/releases", "/releases/download/v0.2.0")
-    server.instead["SHA256SUMS"] = lambda request: (
-        redirect(f"{other}/%53HA256SUMS")(request)
-    )
+    server.instead["SHA256SUMS"] = lambda request: redirect(f"{other}/%53HA256SUMS")(request)
     server.instead["%53HA256SUMS"] = content(
         b"".join(sums_line(name_of("0.2.0", v), fake_executable("0.2.0", v)).encode()
                  for v in ("", "cuda", "vulkan"))
@@ -285,7 +295,9 @@ def test_a_script_without_a_key_installs_nothing(here: Installation, server: Rel
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
 def test_a_script_that_was_cut_off_does_nothing(here: Installation, share: float) -> None:
     here.script = here.script[: int(len(here.script) * share)]
-    here.filled = {name: value for name, value in here.filled.items() if f'\n{name}=""\n' in here.script}
+    here.filled = {
+        name: value for name, value in here.filled.items() if f'\n{name}=""\n' in here.script
+    }
     here.run("--variant", "cpu")
     assert not here.folder.exists()
 
@@ -303,7 +315,9 @@ def test_what_it_is_asked_for_and_does_not_know_is_one_sentence(here: Installati
     assert here.run("--help").stdout.startswith("Usage: install.sh")
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(here: Installation, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    here: Installation, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     done = here.run("--variant", "cpu", "--to", str(tmp_path / "file"))
     assert done.returncode == 1 and "name another folder with --to" in done.stderr

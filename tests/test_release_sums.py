@@ -149,6 +149,6 @@ def test_the_page_of_releases_is_named_once(monkeypatch: pytest.MonkeyPatch) -> 
     )
     installed = Message()
     installed["Project-URL"] = f"Releases, {named}"
-    monkeypatch.setattr(place, "_PYPROJECT", ROOT / "absent")
+    monkeypatch.setattr(place, "PYPROJECT", ROOT / "absent")
     monkeypatch.setattr(place, "metadata", lambda _name: installed)
     assert place.releases_url({}) == named.rstrip("/")

@@ -3,8 +3,8 @@
  * What follows it in the file is described in pinaivu_box/appended.py.  The program is one of these
  * (build/program.py makes it):
  *
- *     u32 length of the table, u16 major and u16 minor version of the glibc that it needs
- *     the table: for each file a kind (u8), its size (u64), the length of its name (u16), its name
+ *     the length of the table (u32)
+ *     the table: for each file its kind (u8) and size (u64), its name and before that its length (u16)
  *     the contents of all files, one after another, in one zstd frame
  *
  * with kinds 'd' folder, 'f' file, 'x' program and 'l' symbolic link (its content is its target);
@@ -45,8 +45,9 @@ static void start(const struct program *program, const char *place, int fresh, i
     setenv(VARIABLE, value, 1);
     execv(file, arguments);
     unsetenv(VARIABLE);
-    if (errno == ENOENT)
-        check_glibc(program, 1); /* the loader that the program names is not there */
+    if (errno == ENOENT) /* the loader that the program names is not there */
+        fail("this system has no glibc, which it needs: use one that has it, such as Debian 12 or "
+             "Ubuntu 22.04 (Alpine has another C library).");
 }
 
 /* Runs the program from below `path`, and unpacks it first if need be; returns if that is not
@@ -61,7 +62,6 @@ static void run_from(const struct program *program, const char *path, char **arg
     }
     int folder = open_unpacked(program, place);
     if (folder < 0) {
-        check_glibc(program, 0);
         folder = unpack(program, place);
         fresh = 1;
     }

@@ -68,14 +68,12 @@ void open_program(struct program *program) {
     if (start == MAP_FAILED)
         fail("the executable cannot read itself (%s).", strerror(errno));
     start += page;
-    uint64_t length = size < 8 ? 0 : number(start, 4);
-    if (length == 0 || length > MAX_TABLE_BYTES || length > size - 8)
+    uint64_t length = size < 4 ? 0 : number(start, 4);
+    if (length == 0 || length > MAX_TABLE_BYTES || length > size - 4)
         fail("the executable is damaged: get it again.");
-    program->glibc[0] = (unsigned)number(start + 4, 2);
-    program->glibc[1] = (unsigned)number(start + 6, 2);
-    program->table = start + 8;
-    program->end = program->packed = start + 8 + length;
-    program->packed_bytes = size - 8 - length;
+    program->table = start + 4;
+    program->end = program->packed = start + 4 + length;
+    program->packed_bytes = size - 4 - length;
     close(file);
 }
 

@@ -9,8 +9,7 @@
 struct program {
     const unsigned char *table, *end, *packed;
     size_t packed_bytes;
-    unsigned glibc[2]; /* the version that it needs */
-    char folder[40];   /* its folder's name, from its digest */
+    char folder[40]; /* its folder's name, from its digest */
 };
 
 struct entry {
@@ -38,6 +37,3 @@ int open_unpacked(const struct program *program, int place);
 
 /* Unpacks the program; its folder, locked, or -1 and errno. */
 int unpack(const struct program *program, int place);
-
-/* Fails if the system's glibc is older than the program needs; if `required`, also if none is found. */
-void check_glibc(const struct program *program, int required);

@@ -39,6 +39,8 @@ COMMANDS = {
     "restore": ("backup:restore", "Restore a backup."),
     "update": ("update:update", "Update this executable to the newest release."),
     "doctor": ("doctor:doctor", "Check the box and its machine."),
+    "verify-release": ("verify_release:verify_release", "Check downloaded files of a release."),
+    "licenses": ("licenses:licenses", "Show the licences of all that is in this program."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
     "chat-server": ("serve:chat_server", ""),

@@ -67,7 +67,9 @@ def _apply(call: Call) -> None:
         call.print(_facts(own, __version__), lambda _: click.echo(f"{__version__} is the newest."))
         return
     click.echo(f"Downloading {release.name}", err=True)
-    executable.replace(own, release.version, lambda out: newest.download(releases_url(), release, out))
+    executable.replace(
+        own, release.version, lambda out: newest.download(releases_url(), release, out)
+    )
     call.print(_facts(own, release.version), _print_change)
 
 

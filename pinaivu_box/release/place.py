@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from importlib.metadata import metadata
 from pathlib import Path
 
-_PROJECT = "pinaivu-box"
+PROJECT = "pinaivu-box"
 # A clone has it beside the package, and the executable, too (pinaivu.spec).
-_PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def releases_url(environ: Mapping[str, str] = os.environ) -> str:
@@ -20,9 +20,9 @@ def releases_url(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _project_urls() -> dict[str, str]:
-    if _PYPROJECT.is_file():
-        project = tomllib.loads(_PYPROJECT.read_text())["project"]
-        if project["name"] == _PROJECT:
+    if PYPROJECT.is_file():
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        if project["name"] == PROJECT:
             return dict(project["urls"])
-    lines = metadata(_PROJECT).get_all("Project-URL") or []
+    lines = metadata(PROJECT).get_all("Project-URL") or []
     return dict(line.split(", ", 1) for line in lines)

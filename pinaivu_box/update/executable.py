@@ -55,7 +55,9 @@ def replace(executable: Path, version: str, write: Callable[[BinaryIO], None]) -
             write(out)
         new.chmod(0o755)
         if (found := version_of(new)) != version:
-            raise UpdateFailed(f"The new executable is {found}, not {version}: nothing was changed.")
+            raise UpdateFailed(
+                f"The new executable is {found}, not {version}: nothing was changed."
+            )
         _keep(executable)
         new.replace(executable)
 
@@ -89,7 +91,9 @@ def version_of(executable: Path) -> str:
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UpdateFailed(f"The new executable does not run here ({error}): nothing was changed.") from error
+        raise UpdateFailed(
+            f"The new executable does not run here ({error}): nothing was changed."
+        ) from error
     name, _, version = done.stdout.strip().partition(", version ")
     if done.returncode or name != "pinaivu" or not version:
         said = (done.stderr.strip() or done.stdout.strip()).split("\n")[0][:200]
