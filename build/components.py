@@ -7,17 +7,18 @@ under the GPL without an exception, which may not be part of an Apache-2.0 execu
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterable
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from pinaivu_box.release import installed
 from pinaivu_box.release.licenses import Component, Text
 
 ROOT = Path(__file__).parent.parent
-LLAMA_LICENSES = Path(__file__).parent / "licenses/llama.cpp"  # from its source
+LICENSES = Path(__file__).parent / "licenses"  # of what brings none in its package
 # llama-cpp-python's version, and llama.cpp's commit in it, which its changelog names.
 LLAMA_COMMIT = ("0.3.36", "0c1e57098")
 GCC = "GPL-3.0-or-later WITH GCC-exception-3.1"
@@ -29,7 +30,7 @@ LIBRARIES = {
     "libffi.": ("libffi", "MIT"),
     "libgcc_s.": ("libgcc", GCC),
     "libgomp.": ("libgomp", GCC),
-    "liblzma.": ("liblzma", "0BSD"),
+    "liblzma.": ("liblzma", "LicenseRef-Public-Domain OR 0BSD"),  # before 5.6, and since
     "libmpdec.": ("mpdecimal", "BSD-2-Clause"),
     "libsqlite3.": ("SQLite", "blessing"),
     "libssl.": ("OpenSSL", "Apache-2.0"),
@@ -37,9 +38,7 @@ LIBRARIES = {
     "libuuid.": ("libuuid", "BSD-3-Clause"),
     "libz.": ("zlib", "Zlib"),
 }
-# Packages whose metadata name no licence, or not in SPDX's words; read in their licence files.
-SAID_ELSEWHERE: dict[str, str] = {}
-GPL = re.compile(r"\bA?GPL-[0-9.]+(-only|-or-later|\+)?(?! WITH )")
+WORD = re.compile(r"[()]|[^\s()]+")
 
 
 class Unknown(Exception):
@@ -56,7 +55,7 @@ def of_files(paths: Iterable[Path]) -> list[Component]:
             name = owners[real].metadata["Name"]
             if name not in found:
                 found[name] = of_package(owners[real])
-        elif not _is_of(real, ROOT / "pinaivu_box", Path(sysconfig.get_path("stdlib"))):
+        elif not _is_known(real):
             library = system_library(path)
             found.setdefault(library.name, library)
     if "llama_cpp_python" in found or "llama-cpp-python" in found:
@@ -69,17 +68,52 @@ def check(found: list[Component]) -> list[Component]:
     """Raises Unknown if one has no licence, or one that may not be inside."""
     for one in found:
         if not one.license:
-            raise Unknown(f"{one.name} names no licence: add it to build/components.py")
-        if GPL.search(one.license):
-            raise Unknown(f"{one.name} is under {one.license}: leave it out of the executable")
+            raise Unknown(f"{one.name} names no licence: read it, and add it to the build")
+        for name, license in [(one.name, one.license), *((p.name, p.license) for p in one.parts)]:
+            if license and not allowed(license):
+                raise Unknown(f"{name} is under {license}: leave it out of the executable")
     return found
 
 
-def of_package(package: Distribution) -> Component:
-    from msgspec.structs import replace
+def allowed(expression: str) -> bool:
+    """Whether an SPDX expression can be met without the GPL, unless that has an exception."""
+    words = WORD.findall(expression)[::-1]
 
+    def alternatives() -> bool:
+        found = every()
+        while words and words[-1] == "OR":
+            words.pop()
+            found |= every()
+        return found
+
+    def every() -> bool:
+        found = one()
+        while words and words[-1] == "AND":
+            words.pop()
+            found &= one()
+        return found
+
+    def one() -> bool:
+        word = words.pop()
+        if word == "(":
+            found = alternatives()
+            words.pop()
+            return found
+        if words and words[-1] == "WITH":
+            del words[-2:]
+            return True
+        return not word.startswith(("GPL-", "AGPL-"))
+
+    return alternatives()
+
+
+def of_package(package: Distribution) -> Component:
+    """A package; its licence's text is in build/licenses if it brings none."""
     made = installed.of_distribution(package)
-    return replace(made, license=SAID_ELSEWHERE.get(made.name, made.license))
+    path = LICENSES / f"{made.name}.txt"
+    if made.texts or not path.is_file():
+        return made
+    return replace(made, texts=(Text("LICENSE", path.read_text()),))
 
 
 def system_library(path: Path) -> Component:
@@ -104,7 +138,7 @@ def llama_cpp() -> Component:
     wheel = distribution("llama-cpp-python").version
     if wheel != LLAMA_COMMIT[0]:
         raise Unknown(f"say in build/components.py which commit of llama.cpp is in {wheel}")
-    paths = sorted(LLAMA_LICENSES.glob("*.txt"))
+    paths = sorted((LICENSES / "llama.cpp").glob("*.txt"))
     texts = tuple(Text(path.name, path.read_text()) for path in paths)
     source = f"in the source of llama-cpp-python {wheel}, with build/llama.patch"
     return Component("llama.cpp", LLAMA_COMMIT[1], "library", "MIT", texts, source)
@@ -112,8 +146,6 @@ def llama_cpp() -> Component:
 
 def loader() -> Component:
     """PyInstaller's loader, which starts the executable."""
-    from msgspec.structs import replace
-
     made = installed.of_distribution(distribution("pyinstaller"))
     license = "GPL-2.0-or-later WITH Bootloader-exception"
     return replace(made, name="PyInstaller", kind="program", license=license)
@@ -128,10 +160,13 @@ def _owners() -> dict[Path, Distribution]:
     return found
 
 
-def _is_of(path: Path, *folders: Path) -> bool:
-    if path.name.startswith("libpython") or path.is_relative_to(Path(sys.prefix) / "pyinstaller"):
+def _is_known(path: Path) -> bool:
+    """Whether it is Python's, ours, or made by PyInstaller of what is."""
+    if path.name.startswith("libpython"):
         return True
-    return any(path.is_relative_to(folder.resolve()) for folder in folders)
+    site = Path(sysconfig.get_path("purelib")).resolve()
+    folders = (ROOT, Path(sysconfig.get_path("stdlib")).resolve())
+    return not path.is_relative_to(site) and any(map(path.is_relative_to, folders))
 
 
 def _debian_package(path: Path) -> tuple[str, str]:

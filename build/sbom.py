@@ -23,7 +23,8 @@ TYPES = {
 
 
 def document(parts: list[dict[str, Any]], version: str, time: int, files: list[Path]) -> Any:
-    main, *others = sorted(parts, key=lambda one: one["name"] != "pinaivu-box")
+    parts = sorted(parts, key=lambda one: (one["name"] != "pinaivu-box", one["kind"], one["name"]))
+    main, *others = parts
     content = json.dumps([parts, version, [digest(path) for path in files]], sort_keys=True)
     moment = datetime.fromtimestamp(time, UTC).isoformat().replace("+00:00", "Z")
     components = [component(one) for one in others]
@@ -70,6 +71,17 @@ def component(part: dict[str, Any]) -> dict[str, Any]:
         made["purl"] = f"pkg:pypi/{part['name'].lower().replace('_', '-')}@{part['version']}"
     if part["source"]:
         made["description"] = part["source"]
+    if part["parts"]:
+        made["components"] = [linked(one, reference(part)) for one in part["parts"]]
+    return made
+
+
+def linked(part: dict[str, Any], inside: str) -> dict[str, Any]:
+    """A library that was linked into a component."""
+    made = {"type": "library", "name": part["name"], "version": part["version"]}
+    made["bom-ref"] = f"{inside}/{part['name']}@{part['version']}"
+    if part["license"]:
+        made["licenses"] = [license_of(part["license"])]
     return made
 
 

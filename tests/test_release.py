@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -23,11 +24,39 @@ from tests.support.in_process_command import run_command
 from tests.support.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-PARTS = [
-    {"name": "numpy", "version": "2.1", "kind": "package", "license": "BSD-3-Clause", "source": ""},
-    {"name": "pinaivu-box", "version": "1", "kind": "program", "license": "MIT", "source": ""},
-    {"name": "zlib", "version": "1.3", "kind": "library", "license": "Zlib", "source": "Debian"},
-    {"name": "A", "version": "Q8", "kind": "model", "license": "A-1 AND (B-1 OR C)", "source": ""},
+PARTS: list[dict[str, Any]] = [
+    {
+        "name": "numpy",
+        "version": "2.1",
+        "kind": "package",
+        "license": "BSD-3-Clause",
+        "source": "",
+        "parts": [],
+    },
+    {
+        "name": "pinaivu-box",
+        "version": "1",
+        "kind": "program",
+        "license": "MIT",
+        "source": "",
+        "parts": [],
+    },
+    {
+        "name": "zlib",
+        "version": "1.3",
+        "kind": "library",
+        "license": "Zlib",
+        "source": "Debian",
+        "parts": [],
+    },
+    {
+        "name": "A",
+        "version": "Q8",
+        "kind": "model",
+        "license": "A-1 AND (B-1 OR C)",
+        "source": "",
+        "parts": [],
+    },
 ]
 
 
@@ -175,6 +204,7 @@ def test_the_bill_of_materials_is_the_same_for_the_same_contents(tmp_path: Path)
     by_name = {one["name"]: one for one in made["components"]}
     assert sorted(by_name) == ["A", "numpy", "zlib"]
     assert by_name["numpy"]["purl"] == "pkg:pypi/numpy@2.1"
+    assert by_name["numpy"]["components"][0]["name"] == "openblas"
     assert by_name["A"]["type"] == "machine-learning-model"
     assert by_name["A"]["licenses"] == [{"expression": "A-1 AND (B-1 OR C)"}]
     references = [one["bom-ref"] for one in made["components"]]
@@ -207,6 +237,9 @@ def test_an_unknown_licence_and_the_gpl_end_the_build() -> None:
             "GPL-3.0-or-later": True,
             "AGPL-3.0-only": True,
             "MIT AND GPL-2.0-only": True,
+            "Apache-2.0 OR GPL-2.0-only": False,
+            "GPL-2.0-only AND (MIT OR Apache-2.0)": True,
+            "(MIT OR GPL-2.0-only) AND Unicode-3.0": False,
             "": True,
         }.items():
             found = [Component("x", "1", "package", license)]

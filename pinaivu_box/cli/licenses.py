@@ -38,6 +38,8 @@ def licenses(call: Call, full: bool) -> None:
         for one in found:
             title = " ".join(filter(None, [one.name, one.version]))
             click.echo(f"{_RULE}\n{title}: {one.license or UNKNOWN}\n{_RULE}\n")
+            for part in one.parts:
+                click.echo(f"with {part.name} {part.version}: {part.license or UNKNOWN}")
             for text in one.texts:
                 click.echo(f"--- {text.name}\n\n{text.text.rstrip()}\n")
         return

@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+import msgspec
+
 from pinaivu_box import __version__
 from pinaivu_box.models import bundled
-from pinaivu_box.release.licenses import Component, Text
+from pinaivu_box.release.licenses import Component, Part, Text
 from pinaivu_box.release.place import PROJECT, PYPROJECT
 
 _APACHE = Path(bundled.__file__).parent / "license_texts" / "apache-2.0.txt"
 _LICENSE_FILE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|COPYRIGHT)", re.IGNORECASE)
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
+# Those whose metadata name no licence; their licence files do.
+_KNOWN = {"iroh": "Apache-2.0 OR MIT"}
 # What packages wrote before there were SPDX expressions, without "License :: OSI Approved :: ".
 _SPDX = {
     "Apache 2.0": "Apache-2.0",
@@ -57,23 +61,30 @@ def model() -> Component:
 
 
 def of_distribution(package: Distribution) -> Component:
-    """A package of Python, with its licences and notices."""
-    texts = []
+    """A package of Python, with its licences and notices, and the Rust libraries in it."""
+    texts: list[Text] = []
+    parts: list[Part] = []
     for path in package.files or ():
-        inside = path.parts and path.parts[0].endswith(".dist-info")
-        if inside and ("licenses" in path.parts[:-1] or _LICENSE_FILE.match(path.name)):
-            texts.append(_text(Path(str(path.locate())), "/".join(path.parts[1:])))
-    name, version = package.metadata["Name"], package.version
-    return Component(name, version, "package", license_of(package), tuple(texts))
+        if not path.parts[0].endswith(".dist-info"):
+            continue
+        file = Path(str(path.locate()))
+        if "licenses" in path.parts[:-1] or _LICENSE_FILE.match(path.name):
+            texts.append(_text(file, "/".join(path.parts[1:])))
+        elif path.parts[1:2] == ("sboms",) and path.name.endswith(".cyclonedx.json"):
+            parts += _linked(file)
+    name, license = package.metadata["Name"], license_of(package)
+    return Component(name, package.version, "package", license, tuple(texts), parts=tuple(parts))
 
 
 def license_of(package: Distribution) -> str:
     """The SPDX expression for what a package says of its licence, "" if it says nothing."""
     about = package.metadata
-    if expression := about.get("License-Expression"):
-        return str(expression)
+    if about["Name"] in _KNOWN:
+        return _KNOWN[about["Name"]]
+    if "License-Expression" in about:
+        return about["License-Expression"]
     prefix = "License :: OSI Approved :: "
-    for said in [*(about.get_all("Classifier") or ()), about.get("License") or ""]:
+    for said in [*(about.get_all("Classifier") or ()), *(about.get_all("License") or ())]:
         name = str(said).strip().removeprefix(prefix)
         if name in _SPDX:
             return _SPDX[name]
@@ -108,6 +119,15 @@ def _requirements() -> list[str]:
 def _names(requirements: list[str] | tuple[str, ...]) -> list[str]:
     named = (_REQUIREMENT.match(one) for one in requirements if "extra ==" not in one)
     return [found[0] for found in named if found]
+
+
+def _linked(bill: Path) -> list[Part]:
+    """The libraries in a package's own bill of materials (PEP 770), as Maturin writes it."""
+    found = []
+    for one in msgspec.json.decode(bill.read_bytes()).get("components", ()):
+        said = [each.get("expression", "") for each in one.get("licenses", ())]
+        found.append(Part(one["name"], one.get("version", ""), " AND ".join(filter(None, said))))
+    return sorted(found, key=lambda part: (part.name, part.version))
 
 
 def _text(path: Path, name: str = "") -> Text:

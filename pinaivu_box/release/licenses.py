@@ -22,9 +22,17 @@ class Text(msgspec.Struct, frozen=True):
     text: str
 
 
+class Part(msgspec.Struct, frozen=True):
+    """A library that was linked into a component."""
+
+    name: str
+    version: str
+    license: str
+
+
 class Component(msgspec.Struct, frozen=True):
     """`kind` is "program", "package" (of Python), "library" or "model"; `license` an SPDX
-    expression, "" if nobody says; `source` what it was made of, such as a commit."""
+    expression, "" if nobody says; `source` what it was made of; `parts` are in it."""
 
     name: str
     version: str
@@ -32,6 +40,7 @@ class Component(msgspec.Struct, frozen=True):
     license: str
     texts: tuple[Text, ...] = ()
     source: str = ""
+    parts: tuple[Part, ...] = ()
 
 
 def components() -> list[Component]:
