@@ -166,7 +166,7 @@ fetch() {
       curl -fsSL --proto "$only" --proto-redir "$only" --connect-timeout 30 \
         --speed-time 60 --speed-limit 100 -- "$1" 2>"$work/error" || echo "$?" >"$work/status"
     else
-      wget -q -T 60 -O - "$1" 2>"$work/error" || echo "$?" >"$work/status"
+      wget -q -t 1 -T 60 -O - "$1" 2>"$work/error" || echo "$?" >"$work/status"
     fi
   } | head -c $((limit + 1)) >"$work/$2" || fail "$folder has no room for $1."
   if [ "$(wc -c <"$work/$2")" -gt "$limit" ]; then

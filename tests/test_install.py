@@ -1,5 +1,5 @@
-"""build/install.sh against a page of releases that lies: what is not verified is never installed, and
-nothing is left behind."""
+"""build/install.sh against a page of releases that lies: what is not verified is never installed,
+and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -29,10 +29,30 @@ from tests.support.release_server import (
 )
 
 SCRIPT = ROOT / "build/install.sh"
-TOOLS = (
-    "awk cat chmod cp cut env grep head ln ls mkdir mktemp mv printf rm sed sh sha256sum tail tr "
-    "uname wc"
-).split()
+TOOLS = [
+    "awk",
+    "cat",
+    "chmod",
+    "cp",
+    "cut",
+    "env",
+    "grep",
+    "head",
+    "ln",
+    "ls",
+    "mkdir",
+    "mktemp",
+    "mv",
+    "printf",
+    "rm",
+    "sed",
+    "sh",
+    "sha256sum",
+    "tail",
+    "tr",
+    "uname",
+    "wc",
+]
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("curl", "openssl"))), reason="curl and openssl are not installed"
 )
@@ -85,7 +105,7 @@ class Installation:
         return path.read_bytes() if path.exists() else None
 
     def left(self) -> list[str]:
-        return sorted(os.listdir(self.folder)) if self.folder.exists() else []
+        return sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
 
 
 @pytest.fixture

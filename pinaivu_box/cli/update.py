@@ -25,9 +25,9 @@ _RESTART = (
 def update(call: Call, what: str | None) -> None:
     """Update this executable from the page of releases.
 
-    Nothing is fetched unless one of these options is given.  PINAIVU_RELEASES names another page than
-    the project's.  A release is installed only if its signature and digest are right and it starts;
-    the executable before it stays beside the new one, as NAME.previous.
+    Nothing is fetched unless one of these options is given.  PINAIVU_RELEASES names another page
+    than the project's.  A release is installed only if its signature and digest are right and it
+    starts; the executable before it stays beside the new one, as NAME.previous.
 
     --rollback does not change the home.  If the newer version has migrated the database, the older
     one refuses it: restore the backup that was made before the migration ('pinaivu restore').
@@ -61,7 +61,7 @@ def _apply(call: Call) -> None:
     if not _is_newer(release.version):
         if release.version != __version__:
             raise UpdateFailed(
-                f"The newest release is {release.version}, which is older than this ({__version__}): "
+                f"The newest release is {release.version}, older than this ({__version__}): "
                 "nothing was changed ('pinaivu update --rollback' returns to the version before)."
             )
         call.print(_facts(own, __version__), lambda _: click.echo(f"{__version__} is the newest."))
@@ -107,7 +107,8 @@ def _newest(variant: str) -> Any:
     releases = releases_url()
     if (key := sums.public_key()) is None:
         raise UpdateFailed(
-            f"This program was built without a release key, so it cannot verify releases: see {releases}."
+            "This program was built without a release key, so it cannot verify releases: see "
+            f"{releases}."
         )
     return newest.newest(releases, variant, key)
 

@@ -45,8 +45,8 @@ def previous(executable: Path) -> Path:
 
 
 def replace(executable: Path, version: str, write: Callable[[BinaryIO], None]) -> None:
-    """Put `version` in the place of `executable`: `write` is called with the new file, which is then
-    started once.
+    """Put `version` in the place of `executable`: `write` is called with the new file, which is
+    then started once.
 
     Raises UpdateFailed, and what `write` raises; nothing is changed then.
     """
@@ -130,6 +130,6 @@ def _explained(executable: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UpdateFailed(
-            f"{executable} cannot be replaced ({error.strerror or error}): run this as a user who may "
-            f"write to {executable.parent}, with enough space there."
+            f"{executable} cannot be replaced ({error.strerror or error}): run this as a user who "
+            f"may write to {executable.parent}, with enough space there."
         ) from error

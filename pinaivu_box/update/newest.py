@@ -2,8 +2,8 @@
 
 A page of releases has, as GitHub's and any static file server's,
 
-    latest/download/SHA256SUMS            the digests of the newest release; the names in it have its
-                                          version
+    latest/download/SHA256SUMS            the digests of the newest release; the names in it have
+                                          its version
     download/vVERSION/SHA256SUMS.sig      the signature over them
     download/vVERSION/NAME                its files
 
@@ -70,8 +70,8 @@ def download(releases: str, release: Release, out: BinaryIO) -> None:
     os.fsync(out.fileno())
     if digest.hexdigest() != release.digest:
         raise UpdateFailed(
-            f"{release.name} is not the file that was released, or not all of it arrived: its SHA-256 "
-            "differs from the signed one.  Nothing was changed; try again."
+            f"{release.name} is not the file that was released, or not all of it arrived: its "
+            "SHA-256 differs from the signed one.  Nothing was changed; try again."
         )
 
 

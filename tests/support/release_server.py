@@ -83,7 +83,7 @@ def sums_line(name: str, content: bytes) -> str:
     return f"{hashlib.sha256(content).hexdigest()}  {name}\n"
 
 
-# -- what is answered instead -----------------------------------------------------------------------
+# -- what is answered instead ---------------------------------------------------------------------
 
 
 def status(code: int) -> Answer:
@@ -132,7 +132,7 @@ def _send(request: BaseHTTPRequestHandler, data: bytes, length: int) -> None:
 
 def _handler(server: ReleaseServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             server.asked.append(self.path)
             name = self.path.rpartition("/")[2]
             if answer := server.instead.get(name):
