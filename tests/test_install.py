@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import release_server as server_module
 from tests.support.paths import ROOT
 from tests.support.release_server import (
     Answer,
@@ -347,10 +346,3 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
 def test_shellcheck_finds_nothing() -> None:
     done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_the_server_s_platform_is_this_one() -> None:
-    """The tests above would find no file on another."""
-    if os.uname().machine != "x86_64":
-        pytest.skip("the files of the fake releases are for x86_64")
-    assert server_module.PLATFORM == "linux-x86_64"

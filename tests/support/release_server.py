@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tests.support.released_files import ReleasedFiles, released
 
-PLATFORM = "linux-x86_64"
+_PLATFORM = f"linux-{platform.machine()}"
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -72,7 +73,7 @@ def release_server(folder: Path) -> Iterator[ReleaseServer]:
 
 
 def name_of(version: str, variant: str = "") -> str:
-    return f"pinaivu-{version}-{PLATFORM}" + (f"-{variant}" if variant else "")
+    return f"pinaivu-{version}-{_PLATFORM}" + (f"-{variant}" if variant else "")
 
 
 def fake_executable(version: str, variant: str = "") -> bytes:
