@@ -11,7 +11,8 @@ from pathlib import Path
 
 import gpu
 import llama
-from common import BUILD, ROOT, VENV, Stop, say
+import model_wheel
+from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import (
     PYTHON,
     cache,
@@ -147,12 +148,14 @@ def make_files(options: Options, public: str) -> list[Path]:
 
 
 def wheels() -> list[Path]:
-    """Our own wheel and sdist, and llama-cpp-python's wheel for any CPU."""
+    """Our own wheel and sdist, llama-cpp-python's wheel for any CPU, and one with the model."""
     work = VENV / "release-dist"
     shutil.rmtree(work, ignore_errors=True)
     with step("making the wheel and the sdist (5 seconds)"):
         build = [str(VENV / "release/bin/hatchling"), "build", "-d", str(work)]
         run_quietly(build, "making the wheel", cwd=ROOT, more=reproducible())
+    with step("making a wheel with the default model"):
+        model_wheel.make(work, MODEL, ROOT / "LICENSE", version())
     made = llama.wheel(cache())
     for path in [*work.iterdir(), made]:
         shutil.copyfile(path, DIST / path.name)

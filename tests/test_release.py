@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,45 +19,22 @@ import pytest
 import yaml
 
 from pinaivu_box import __version__
+from pinaivu_box.models import bundled
 from pinaivu_box.release import sums
 from tests.support.build_scripts import BUILD, build_module
 from tests.support.in_process_command import run_command
 from tests.support.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+OPENBLAS = {"name": "openblas", "version": "1", "license": "BSD-3-Clause"}
 PARTS: list[dict[str, Any]] = [
-    {
-        "name": "numpy",
-        "version": "2.1",
-        "kind": "package",
-        "license": "BSD-3-Clause",
-        "source": "",
-        "parts": [],
-    },
-    {
-        "name": "pinaivu-box",
-        "version": "1",
-        "kind": "program",
-        "license": "MIT",
-        "source": "",
-        "parts": [],
-    },
-    {
-        "name": "zlib",
-        "version": "1.3",
-        "kind": "library",
-        "license": "Zlib",
-        "source": "Debian",
-        "parts": [],
-    },
-    {
-        "name": "A",
-        "version": "Q8",
-        "kind": "model",
-        "license": "A-1 AND (B-1 OR C)",
-        "source": "",
-        "parts": [],
-    },
+    {"name": name, "version": "1.2", "kind": kind, "license": license, "source": "", "parts": parts}
+    for name, kind, license, parts in (
+        ("numpy", "package", "BSD-3-Clause", [OPENBLAS]),
+        ("pinaivu-box", "program", "MIT", []),
+        ("zlib", "library", "Zlib", []),
+        ("A", "model", "A-1 AND (B-1 OR C)", []),
+    )
 ]
 
 
@@ -187,6 +165,23 @@ def test_the_installer_knows_its_release(
         release.installer("")
 
 
+def test_the_model_s_wheel_puts_it_where_the_package_looks(tmp_path: Path) -> None:
+    (tmp_path / bundled.FILE_NAME).write_bytes(b"GGUF")
+    with build_module("model_wheel") as script:
+        model = tmp_path / bundled.FILE_NAME
+        made = [
+            script.make(tmp_path / folder, model, ROOT / "LICENSE", "1.0.0").read_bytes()
+            for folder in ("one", "two")
+            if not (tmp_path / folder).mkdir()
+        ]
+    assert made[0] == made[1]
+    venv.create(tmp_path / "venv", with_pip=True)
+    wheel = next((tmp_path / "one").iterdir())
+    command = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index", wheel]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "venv/share/pinaivu/models" / bundled.FILE_NAME).read_bytes() == b"GGUF"
+
+
 # -- the bill of materials -------------------------------------------------------------------------
 
 
@@ -203,7 +198,7 @@ def test_the_bill_of_materials_is_the_same_for_the_same_contents(tmp_path: Path)
     assert file["hashes"][0]["content"] == hashlib.sha256(b"program").hexdigest()
     by_name = {one["name"]: one for one in made["components"]}
     assert sorted(by_name) == ["A", "numpy", "zlib"]
-    assert by_name["numpy"]["purl"] == "pkg:pypi/numpy@2.1"
+    assert by_name["numpy"]["purl"] == "pkg:pypi/numpy@1.2"
     assert by_name["numpy"]["components"][0]["name"] == "openblas"
     assert by_name["A"]["type"] == "machine-learning-model"
     assert by_name["A"]["licenses"] == [{"expression": "A-1 AND (B-1 OR C)"}]
