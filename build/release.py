@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,6 +121,12 @@ def version() -> str:
     return re.findall(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[0]
 
 
+def releases() -> str:
+    """The page of releases, as `release.place` reads it."""
+    project = tomllib.loads((BUILD.parent / "pyproject.toml").read_text())["project"]
+    return str(project["urls"]["Releases"])
+
+
 # -- the files ------------------------------------------------------------------------------------
 
 
@@ -191,7 +198,8 @@ def installer(public: str) -> list[Path]:
     if not source.exists():
         return []
     text = source.read_text()
-    for name, value in (("PUBLIC_KEY", public.strip()), ("VERSION", version())):
+    about = {"RELEASES": releases(), "PUBLIC_KEY": public.strip(), "VERSION": version()}
+    for name, value in about.items():
         if f'\n{name}=""\n' not in text:
             raise Stop(f'build/install.sh has no line {name}="" to be filled in')
         text = text.replace(f'\n{name}=""\n', f'\n{name}="{value}"\n', 1)

@@ -153,15 +153,19 @@ def test_without_git_the_time_is_one_that_files_can_have(
 def test_the_installer_knows_its_release(
     release: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "BUILD", tmp_path)
+    build = tmp_path / "build"
+    build.mkdir()
+    monkeypatch.setattr(release, "BUILD", build)
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nReleases = "https://example.org/r"\n')
     assert release.installer("") == []
-    (tmp_path / "install.sh").write_text('#!/bin/sh\nPUBLIC_KEY=""\nVERSION=""\necho "$VERSION"\n')
+    blank = '#!/bin/sh\nRELEASES=""\nPUBLIC_KEY=""\nVERSION=""\necho "$RELEASES $VERSION"\n'
+    (build / "install.sh").write_text(blank)
     (made,) = release.installer("-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n")
     assert 'PUBLIC_KEY="-----BEGIN PUBLIC KEY-----\nx\n-----END' in made.read_text()
     ran = subprocess.run([made], capture_output=True, text=True, check=True)
-    assert ran.stdout == f"{__version__}\n"
-    (tmp_path / "install.sh").write_text("#!/bin/sh\n")
-    with pytest.raises(stop(), match='no line PUBLIC_KEY=""'):
+    assert ran.stdout == f"https://example.org/r {__version__}\n"
+    (build / "install.sh").write_text("#!/bin/sh\n")
+    with pytest.raises(stop(), match='no line RELEASES=""'):
         release.installer("")
 
 
@@ -169,15 +173,11 @@ def test_the_model_s_wheel_puts_it_where_the_package_looks(tmp_path: Path) -> No
     (tmp_path / bundled.FILE_NAME).write_bytes(b"GGUF")
     with build_module("model_wheel") as script:
         model = tmp_path / bundled.FILE_NAME
-        made = [
-            script.make(tmp_path / folder, model, ROOT / "LICENSE", "1.0.0").read_bytes()
-            for folder in ("one", "two")
-            if not (tmp_path / folder).mkdir()
-        ]
-    assert made[0] == made[1]
+        wheel: Path = script.make(tmp_path, model, ROOT / "LICENSE", "1.0.0")
+        first = wheel.read_bytes()
+        assert script.make(tmp_path, model, ROOT / "LICENSE", "1.0.0").read_bytes() == first
     venv.create(tmp_path / "venv", with_pip=True)
-    wheel = next((tmp_path / "one").iterdir())
-    command = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index", wheel]
+    command = [str(tmp_path / "venv/bin/python"), "-m", "pip", "install", "--no-index", str(wheel)]
     subprocess.run(command, check=True)
     assert (tmp_path / "venv/share/pinaivu/models" / bundled.FILE_NAME).read_bytes() == b"GGUF"
 
