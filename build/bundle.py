@@ -41,10 +41,12 @@ def _checked(entries: list[Entry], folder: Path, needed: tuple[int, int]) -> lis
     (python,) = (entry for entry in entries if _is_python(entry[0]))
     name, source, kind = python
     moved = f"{glibc_check.FOLDER}/{name}"
+    check = folder / "check" / name  # `folder` has the real one under its name
+    check.parent.mkdir(exist_ok=True)
     functions = glibc_check.functions(LOADER.read_bytes())
-    glibc_check.make(folder / name, compiler(), moved, needed, functions)
+    glibc_check.make(check, compiler(), moved, needed, functions)
     others = [entry for entry in entries if entry is not python]
-    return [*others, (name, str(folder / name), kind), (moved, source, kind)]
+    return [*others, (name, str(check), kind), (moved, source, kind)]
 
 
 def _is_python(name: str) -> bool:

@@ -9,7 +9,6 @@ extern void *dlopen(const char *path, int flags);
 extern void *dlsym(void *library, const char *name);
 extern const char *dlerror(void);
 extern int dladdr(const void *address, void *info);
-extern long getrandom(void *data, unsigned long size, unsigned flags);
 extern long write(int file, const void *data, unsigned long size);
 extern void _exit(int status) __attribute__((noreturn));
 
@@ -34,13 +33,6 @@ __attribute__((visibility("hidden"))) void *python_functions[COUNT];
   __asm__(".text\n .globl " name "\n .type " name ", %function\n" name ":\n" JUMP(number));
 FUNCTIONS(DEFINE)
 
-/* libstdc++ takes it of glibc 2.36, or else of here: see older_glibc.py. */
-unsigned arc4random(void) {
-  unsigned value = 0;
-  while (getrandom(&value, sizeof value, 0) != sizeof value) continue;
-  return value;
-}
-
 static void say(const char *text) {
   unsigned long size = 0;
   while (text[size]) size++;
@@ -57,6 +49,10 @@ static void check(void) {
   const char *version = gnu_get_libc_version(), *rest = version;
   int major = number(&rest);
   int minor = *rest == '.' ? (rest++, number(&rest)) : 0;
+  if (major == 2 && minor < 34) { /* which has put them into libc */
+    dlopen("librt.so.1", RTLD_NOW_GLOBAL);
+    dlopen("libutil.so.1", RTLD_NOW_GLOBAL);
+  }
   if (major > NEEDED_MAJOR || (major == NEEDED_MAJOR && minor >= NEEDED_MINOR)) return;
   say("pinaivu: this system has glibc ");
   say(version);

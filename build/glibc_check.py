@@ -12,9 +12,9 @@ from pathlib import Path
 
 FOLDER = "python"  # of the real libpython, in the executable
 LOADERS_NAMES = re.compile(rb"Py[A-Za-z]*_[A-Za-z0-9]+(?=\0)")
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = [Path(__file__).with_name(name) for name in ("glibc_check.c", "newer_functions.c")]
 # What runs in every process takes nothing of another library by version.
-FLAGS = ["-shared", "-fPIC", "-O2", "-nostdlib", "-fno-stack-protector", "-Wl,--build-id=none"]
+FLAGS = ["-shared", "-fPIC", "-O2", "-nostdlib", "-fno-stack-protector", "-fno-builtin"]
 
 
 def functions(loader: bytes) -> list[str]:
@@ -37,5 +37,5 @@ def make(
         f"-DNEEDED_MAJOR={needed[0]}",
         f"-DNEEDED_MINOR={needed[1]}",
     ]
-    command = [*compiler.split(), *FLAGS, *options, "-o", str(target), str(SOURCE)]
+    command = [*compiler.split(), *FLAGS, *options, "-o", str(target), *map(str, SOURCES)]
     subprocess.run(command, check=True)

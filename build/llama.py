@@ -200,14 +200,14 @@ def with_backend(wheel: Path, backend: Path, target: Path) -> None:
         for entry in plain.infolist():
             content = plain.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):
-                content += "".join(map(record, files, files.values())).encode()
+                lines = (record(name, path.read_bytes()) for name, path in files.items())
+                content += "".join(lines).encode()
             whole.writestr(entry, content)
         for name, path in files.items():
             whole.write(path, name)
 
 
-def record(name: str, path: Path) -> str:
+def record(name: str, content: bytes) -> str:
     """A file's line in a wheel's RECORD."""
-    content = path.read_bytes()
     encoded = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     return f"{name},sha256={encoded},{len(content)}\n"

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gpu
 import llama
-from common import BUILD, ROOT, VENV, Stop, say
+import model_wheel
+from common import BUILD, MODEL, ROOT, VENV, Stop, say
 from environment import (
     PYTHON,
     cache,
@@ -119,6 +121,12 @@ def version() -> str:
     return re.findall(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[0]
 
 
+def releases() -> str:
+    """The page of releases, as `release.place` reads it."""
+    project = tomllib.loads((BUILD.parent / "pyproject.toml").read_text())["project"]
+    return str(project["urls"]["Releases"])
+
+
 # -- the files ------------------------------------------------------------------------------------
 
 
@@ -147,12 +155,14 @@ def make_files(options: Options, public: str) -> list[Path]:
 
 
 def wheels() -> list[Path]:
-    """Our own wheel and sdist, and llama-cpp-python's wheel for any CPU."""
+    """Our own wheel and sdist, llama-cpp-python's wheel for any CPU, and one with the model."""
     work = VENV / "release-dist"
     shutil.rmtree(work, ignore_errors=True)
     with step("making the wheel and the sdist (5 seconds)"):
         build = [str(VENV / "release/bin/hatchling"), "build", "-d", str(work)]
         run_quietly(build, "making the wheel", cwd=ROOT, more=reproducible())
+    with step("making a wheel with the default model"):
+        model_wheel.make(work, MODEL, ROOT / "LICENSE", version())
     made = llama.wheel(cache())
     for path in [*work.iterdir(), made]:
         shutil.copyfile(path, DIST / path.name)
@@ -188,7 +198,8 @@ def installer(public: str) -> list[Path]:
     if not source.exists():
         return []
     text = source.read_text()
-    for name, value in (("PUBLIC_KEY", public.strip()), ("VERSION", version())):
+    about = {"RELEASES": releases(), "PUBLIC_KEY": public.strip(), "VERSION": version()}
+    for name, value in about.items():
         if f'\n{name}=""\n' not in text:
             raise Stop(f'build/install.sh has no line {name}="" to be filled in')
         text = text.replace(f'\n{name}=""\n', f'\n{name}="{value}"\n', 1)

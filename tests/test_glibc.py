@@ -163,8 +163,48 @@ def test_a_new_enough_system_gets_the_functions_of_python(tmp_path: Path) -> Non
     library = check_library(tmp_path, (2, 17), PYTHON)
     done = call(library, "library.Py_One() + library.Py_Two(21)")
     assert done.stdout == "43\n", done.stderr
-    numbers = call(library, "library.arc4random() != library.arc4random()")
-    assert numbers.stdout == "True\n", numbers.stderr
+
+
+# What each says of a file, a folder that is none, and an address in libc: (status, content).
+SAME = """
+import ctypes, os
+library, libc = ctypes.CDLL({library!r}), ctypes.CDLL(None)
+def of(where, name, *arguments):
+    found = ctypes.create_string_buffer(256)
+    return getattr(where, name)(*arguments, found), found.raw
+file = os.open({library!r}, os.O_RDONLY)
+for name, *arguments in (
+    ("stat", b"/"), ("stat64", b"/proc/self/exe"), ("lstat", b"/proc/self/exe"),
+    ("lstat64", b"/absent"), ("fstat", file), ("fstat64", file), ("fstat", -1),
+):
+    if hasattr(libc, name):
+        assert of(library, name, *arguments) == of(libc, name, *arguments), name
+assert library.arc4random() != library.arc4random()
+assert library.close_range(file, file, 0) in (0, -1)
+if hasattr(libc, "_dl_find_object"):
+    address = ctypes.cast(libc.write, ctypes.c_void_p)
+    (ours, mine), (theirs, other) = (of(one, "_dl_find_object", address) for one in (library, libc))
+    assert ours == theirs == 0
+    assert mine[32:40] == other[32:40]  # where what unwinds the stack is
+    assert of(library, "_dl_find_object", ctypes.c_void_p(8))[0] == -1
+"""
+
+
+def test_the_functions_for_older_systems_do_what_those_of_glibc_do(tmp_path: Path) -> None:
+    library = check_library(tmp_path, (2, 17), PYTHON)
+    code = SAME.format(library=str(library))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_function_that_is_listed_as_supplied_is_there(
+    older_glibc: ModuleType, tmp_path: Path
+) -> None:
+    library = check_library(tmp_path, (2, 17), PYTHON)
+    listed = sorted(older_glibc.SUPPLIED)
+    assert call(library, f"[name for name in {listed} if not hasattr(library, name)]").stdout == (
+        "[]\n"
+    )
 
 
 def test_an_old_system_gets_a_sentence(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,45 +19,22 @@ import pytest
 import yaml
 
 from pinaivu_box import __version__
+from pinaivu_box.models import bundled
 from pinaivu_box.release import sums
 from tests.support.build_scripts import BUILD, build_module
 from tests.support.in_process_command import run_command
 from tests.support.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+OPENBLAS = {"name": "openblas", "version": "1", "license": "BSD-3-Clause"}
 PARTS: list[dict[str, Any]] = [
-    {
-        "name": "numpy",
-        "version": "2.1",
-        "kind": "package",
-        "license": "BSD-3-Clause",
-        "source": "",
-        "parts": [],
-    },
-    {
-        "name": "pinaivu-box",
-        "version": "1",
-        "kind": "program",
-        "license": "MIT",
-        "source": "",
-        "parts": [],
-    },
-    {
-        "name": "zlib",
-        "version": "1.3",
-        "kind": "library",
-        "license": "Zlib",
-        "source": "Debian",
-        "parts": [],
-    },
-    {
-        "name": "A",
-        "version": "Q8",
-        "kind": "model",
-        "license": "A-1 AND (B-1 OR C)",
-        "source": "",
-        "parts": [],
-    },
+    {"name": name, "version": "1.2", "kind": kind, "license": license, "source": "", "parts": parts}
+    for name, kind, license, parts in (
+        ("numpy", "package", "BSD-3-Clause", [OPENBLAS]),
+        ("pinaivu-box", "program", "MIT", []),
+        ("zlib", "library", "Zlib", []),
+        ("A", "model", "A-1 AND (B-1 OR C)", []),
+    )
 ]
 
 
@@ -175,16 +153,33 @@ def test_without_git_the_time_is_one_that_files_can_have(
 def test_the_installer_knows_its_release(
     release: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "BUILD", tmp_path)
+    build = tmp_path / "build"
+    build.mkdir()
+    monkeypatch.setattr(release, "BUILD", build)
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nReleases = "https://example.org/r"\n')
     assert release.installer("") == []
-    (tmp_path / "install.sh").write_text('#!/bin/sh\nPUBLIC_KEY=""\nVERSION=""\necho "$VERSION"\n')
+    blank = '#!/bin/sh\nRELEASES=""\nPUBLIC_KEY=""\nVERSION=""\necho "$RELEASES $VERSION"\n'
+    (build / "install.sh").write_text(blank)
     (made,) = release.installer("-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n")
     assert 'PUBLIC_KEY="-----BEGIN PUBLIC KEY-----\nx\n-----END' in made.read_text()
     ran = subprocess.run([made], capture_output=True, text=True, check=True)
-    assert ran.stdout == f"{__version__}\n"
-    (tmp_path / "install.sh").write_text("#!/bin/sh\n")
-    with pytest.raises(stop(), match='no line PUBLIC_KEY=""'):
+    assert ran.stdout == f"https://example.org/r {__version__}\n"
+    (build / "install.sh").write_text("#!/bin/sh\n")
+    with pytest.raises(stop(), match='no line RELEASES=""'):
         release.installer("")
+
+
+def test_the_model_s_wheel_puts_it_where_the_package_looks(tmp_path: Path) -> None:
+    (tmp_path / bundled.FILE_NAME).write_bytes(b"GGUF")
+    with build_module("model_wheel") as script:
+        model = tmp_path / bundled.FILE_NAME
+        wheel: Path = script.make(tmp_path, model, ROOT / "LICENSE", "1.0.0")
+        first = wheel.read_bytes()
+        assert script.make(tmp_path, model, ROOT / "LICENSE", "1.0.0").read_bytes() == first
+    venv.create(tmp_path / "venv", with_pip=True)
+    command = [str(tmp_path / "venv/bin/python"), "-m", "pip", "install", "--no-index", str(wheel)]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "venv/share/pinaivu/models" / bundled.FILE_NAME).read_bytes() == b"GGUF"
 
 
 # -- the bill of materials -------------------------------------------------------------------------
@@ -203,7 +198,7 @@ def test_the_bill_of_materials_is_the_same_for_the_same_contents(tmp_path: Path)
     assert file["hashes"][0]["content"] == hashlib.sha256(b"program").hexdigest()
     by_name = {one["name"]: one for one in made["components"]}
     assert sorted(by_name) == ["A", "numpy", "zlib"]
-    assert by_name["numpy"]["purl"] == "pkg:pypi/numpy@2.1"
+    assert by_name["numpy"]["purl"] == "pkg:pypi/numpy@1.2"
     assert by_name["numpy"]["components"][0]["name"] == "openblas"
     assert by_name["A"]["type"] == "machine-learning-model"
     assert by_name["A"]["licenses"] == [{"expression": "A-1 AND (B-1 OR C)"}]
