@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
+from llama import compiler
 from msgspec.structs import replace
 
 from pinaivu_box.release import installed
@@ -24,6 +25,7 @@ LLAMA_COMMIT = ("0.3.36", "0c1e57098")
 GCC = "GPL-3.0-or-later WITH GCC-exception-3.1"
 # The system's libraries that Python and llama.cpp need: how their names begin -> what they are.
 LIBRARIES = {
+    "libc.": ("glibc", "LGPL-2.1-or-later"),
     "libbz2.": ("bzip2", "bzip2-1.0.6"),
     "libcrypto.": ("OpenSSL", "Apache-2.0"),
     "libexpat.": ("Expat", "MIT"),
@@ -61,6 +63,7 @@ def of_files(paths: Iterable[Path]) -> list[Component]:
     if "llama_cpp_python" in found or "llama-cpp-python" in found:
         found["llama.cpp"] = llama_cpp()
     found["PyInstaller"] = loader()
+    found |= {one.name: one for one in launcher()}
     return check(list(found.values()))
 
 
@@ -149,6 +152,25 @@ def loader() -> Component:
     made = installed.of_distribution(distribution("pyinstaller"))
     license = "GPL-2.0-or-later WITH Bootloader-exception"
     return replace(made, name="PyInstaller", kind="program", license=license)
+
+
+def launcher() -> list[Component]:
+    """What the launcher, which begins the executable, is linked with."""
+    package = distribution("backports.zstd")
+    texts = installed.of_distribution(package).texts
+    texts = tuple(text for text in texts if "zstd" in text.name)
+    source = f"in the source of backports.zstd {package.version}"
+    zstd = Component("Zstandard", "", "library", "BSD-3-Clause OR GPL-2.0-only", texts, source)
+    return [zstd, *filter(None, [_static_glibc()])]
+
+
+def _static_glibc() -> Component | None:
+    """None where the launcher is linked with the system's."""
+    found = _output(*compiler().split(), "-print-file-name=libc.a")
+    if not Path(found).is_absolute():
+        return None
+    made = system_library(Path(found).resolve())
+    return replace(made, source=f"{made.source}, in the launcher".lstrip(", "))
 
 
 def _owners() -> dict[Path, Distribution]:

@@ -19,12 +19,15 @@ STILL_UNPACKED_SECONDS = 3600.0  # a younger one may not have been locked yet
 
 
 def main() -> None:
-    launched = os.environ.pop("PINAIVU_LAUNCHED", None)
+    launched = os.environ.get("PINAIVU_LAUNCHED")
     if launched is None:
         sys.exit("pinaivu: this is a part of Pinaivu Box: start the executable that it came from.")
     fresh, lock, executable = launched.split(":", 2)
     sys.executable = executable
-    os.set_inheritable(int(lock), False)  # it is ours alone, and held as long as we live
+    if lock:
+        os.set_inheritable(int(lock), False)  # it is ours alone, and held as long as we live
+    # For a child that is started without the launcher (pinaivu_box/child.py): our lock is enough.
+    os.environ["PINAIVU_LAUNCHED"] = f"0::{executable}"
     if fresh == "1":
         remove_unused(Path(sys._MEIPASS))  # type: ignore[attr-defined]
 

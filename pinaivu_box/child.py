@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 def command(name: str) -> list[str]:
-    """The arguments that run the hidden command `name` in a child process."""
+    """The arguments that run the hidden command `name` in a child process of the same version."""
+    if executable_replaced():  # it would start another version; this one is still unpacked
+        return [str(Path(getattr(sys, "_MEIPASS", "")) / "pinaivu"), name]
     if _FROZEN:
         return [sys.executable, name]
     return [sys.executable, "-m", "pinaivu_box", name]
 
 
 def executable_replaced() -> bool:
-    """Whether the executable was replaced since the start, so that a child is another version."""
+    """Whether the executable was replaced since the start: the model and the payloads in it may be
+    others."""
     return _FROZEN and _executable() != _EXECUTABLE
 
 

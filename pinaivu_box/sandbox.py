@@ -180,8 +180,6 @@ class Sandbox:
         self._discard()
         import subprocess
 
-        if child.executable_replaced():
-            raise BoxError("the executable was replaced since the box started: restart the box")
         # Its standard error could quote what it was given, which belongs in no log.
         self._process = subprocess.Popen(
             child.command("sandbox"),

@@ -210,7 +210,9 @@ def test_an_executable_that_was_replaced_starts_no_engine_of_its_other_version(
         (tmp_path / "new").write_bytes(mine.read_bytes())
         (tmp_path / "new").chmod(0o755)
         (tmp_path / "new").replace(mine)
-        ask(box)  # by the engine that is there
+        ask(box)  # by the engine that is there, and a sandbox, which large bodies are read in
+        long = {**REQUEST, "x_padding": "x" * 100_000}
+        assert box.http("POST", "/v1/chat/completions", json=long).status_code == 200
         os.kill(engine, signal.SIGKILL)
         wait_until(lambda: not alive(engine), "the end of the engine")
         answer = box.http("POST", "/v1/chat/completions", json=REQUEST)

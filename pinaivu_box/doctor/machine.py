@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
@@ -25,7 +24,7 @@ from pinaivu_box.server.serve import bind
 from pinaivu_box.text import megabytes, utc_text
 from pinaivu_box.tls.pinned import context_for
 
-_UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
+_TEMPORARY = 100e6  # bytes that are comfortable in TMPDIR
 _NTP_UNSYNCHRONISED = 0x40  # STA_UNSYNC of adjtimex(2)
 _CLOCK_SLACK = 5.0  # seconds
 _LOOK_SECONDS = 0.5
@@ -33,11 +32,10 @@ _BUSY_SHARE = 0.5  # of the machine's processor time, above which it is busy
 
 
 def disk(home: Path, models: Path) -> Iterator[Check]:
-    frozen = getattr(sys, "frozen", False)
     places = [
         ("home", home, 100e6, 1e9),
         ("models", models, 0, 1e9),
-        ("TMPDIR", Path(tempfile.gettempdir()), _UNPACKED if frozen else 0, 2 * _UNPACKED),
+        ("TMPDIR", Path(tempfile.gettempdir()), 0, _TEMPORARY),
     ]
     for purpose, path, least, comfortable in places:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())

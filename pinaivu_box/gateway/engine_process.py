@@ -152,7 +152,7 @@ class EngineProcess:
     async def start(self, seconds: float) -> None:
         """Returns when the model is loaded.  Raises StartFailed."""
         if child.executable_replaced():
-            # Another version's child need not understand us, nor have the model that we signed.
+            # It need not have the model that we sign for.
             raise StartFailed("its executable was replaced since the box started; start it anew")
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         pipe = FramePipe(partial(self._take, loaded))
