@@ -92,7 +92,7 @@ def freeze(work: Path) -> Path:
         command = [str(PYTHON), "-m", "PyInstaller", *options]
         run_quietly(command, "PyInstaller", more=reproducible())
     made = work / "pinaivu.frozen"
-    with step("packing the program (30-60 seconds)"):
+    with step("packing the program (6 seconds)"):
         parts = [str(made), str(start), str(work / "dist/pinaivu")]
         run_quietly([str(PYTHON), str(BUILD / "program.py"), *parts], "packing the program")
     return made
