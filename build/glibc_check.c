@@ -12,7 +12,7 @@ extern int dladdr(const void *address, void *info);
 extern long write(int file, const void *data, unsigned long size);
 extern void _exit(int status) __attribute__((noreturn));
 
-enum { PATH_BYTES = 4096, RTLD_NOW_GLOBAL = 0x102 };
+enum { PATH_BYTES = 4096, RTLD_NOW_GLOBAL = 0x102, RTLD_NOLOAD = 4 };
 
 /* FUNCTIONS(F) is F(0, "NAME") F(1, "NAME") ...: what the loader calls.  A call jumps on. */
 #define NAME(number, name) name,
@@ -71,6 +71,8 @@ static void *open_python(void) {
     path[at] = here.file[at];
     if (path[at] == '/') end = at + 1;
   }
+  /* Python finds what is here: older systems do not show it to others before it is initialised. */
+  dlopen(here.file, RTLD_NOW_GLOBAL | RTLD_NOLOAD);
   for (unsigned at = 0; at < sizeof PYTHON; at++) path[end + at] = PYTHON[at];
   return dlopen(path, RTLD_NOW_GLOBAL);
 }

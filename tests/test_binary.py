@@ -131,6 +131,17 @@ def test_it_answers_plain_and_streamed(box: Box) -> None:
     assert streamed[-1].choices[0].finish_reason in ("stop", "length")
 
 
+def test_it_answers_by_a_schema(box: Box) -> None:
+    """What compiles grammars is in it, and all that it looks up."""
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+    schema |= {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    body = {**REQUEST, "max_tokens": 64, "response_format": wanted}
+    answer = box.http("POST", "/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert json.loads(answer.json()["choices"][0]["message"]["content"]) == {"n": 7}
+
+
 def test_it_verifies_the_receipt_of_its_answer(box: Box, tmp_path: Path) -> None:
     answer = ask(box)
     receipt = box.http("GET", f"/v1/receipts/{answer['request_id']}").json()
