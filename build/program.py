@@ -15,8 +15,8 @@ from pathlib import Path
 from pinaivu_box import appended
 from pinaivu_box.engine.payload import zstd
 
-# 48 MB in 6 seconds; level 12 takes 14, and level 19 minutes.  The window is large enough for ggml's
-# libraries for different processors to be packed as what differs.
+# 48 MB in 6 seconds; level 12 takes 14, and level 19 minutes.  The window is large enough to pack
+# what differs between ggml's libraries for different processors.
 LEVEL, WINDOW_LOG = 9, 26
 LENGTH = struct.Struct("<I")  # of the table
 ENTRY = struct.Struct("<cQH")  # of the table: kind, size, the length of the name

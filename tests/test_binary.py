@@ -21,6 +21,7 @@ import tests.support.process_box
 from pinaivu_box.models import bundled
 from tests.support import fake_gpu
 from tests.support.process_box import MODEL, Box, alive, environment, pinaivu, wait_until
+from tests.support.release_server import fake_executable, release_server
 from tests.support.released_files import released
 
 pytestmark = [
@@ -277,6 +278,36 @@ def test_it_says_what_is_in_it(executable: Path, nothing: object) -> None:
     assert "commit" in found["llama.cpp"]["source"] or found["llama.cpp"]["version"]
     full = json.loads(pinaivu("licenses", "--json", "--full", home=None).stdout)
     assert [one["name"] for one in full if not one["license"] or not one["texts"]] == []
+
+
+def test_it_replaces_itself_by_a_newer_release(
+    executable: Path, nothing: object, tmp_path: Path
+) -> None:
+    """A copy of it, which has the key of the release server."""
+    pinaivu("--version", home=None)
+    (unpacked,) = (executable.parent / "cache/pinaivu").glob("program-*")
+    program, mine = tmp_path / "program", tmp_path / "bin/pinaivu"
+    shutil.copytree(unpacked, program, copy_function=os.link, symlinks=True)
+    key = program / "pinaivu_box/release/public_key.pem"
+    key.unlink(missing_ok=True)
+    mine.parent.mkdir()
+    shutil.copy2(executable, mine)
+    with release_server(tmp_path / "server") as server:
+        server.release("9.8.7")
+        key.write_bytes(server.public_key)
+        done = subprocess.run(
+            [program / "pinaivu", "update", "--apply"],
+            env={"PINAIVU_LAUNCHED": f"0::{mine}", "PINAIVU_RELEASES": server.url},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    shutil.rmtree(program)
+    assert done.returncode == 0, done.stderr
+    assert mine.read_bytes() == fake_executable("9.8.7")
+    previous = mine.with_name("pinaivu.previous")
+    assert previous.stat().st_size == executable.stat().st_size
+    alone = ["env", "-i", cache(executable), str(previous), "--version"]
+    assert subprocess.run(alone, capture_output=True).stdout.startswith(b"pinaivu, version")
+    previous.unlink()
 
 
 def test_it_knows_where_releases_are_and_verifies_them(

@@ -26,6 +26,7 @@ class ReleaseServer:
         self._folder = folder
         self._releases: dict[str, ReleasedFiles] = {}
         self._latest = ""
+        folder.mkdir(exist_ok=True)
         self._key = released(folder / "key", {}).key
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
