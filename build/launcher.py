@@ -28,8 +28,8 @@ def launcher(cache: Path) -> Path:
     made = cache / f"launcher-{digest(*made_of, *(path.read_bytes() for path in sources))}"
     with locked(cache):
         if not made.exists():
+            zstd = zstd_source(cache)
             work = scratch(cache)
-            zstd = fetch_zstd(work)
             with step("compiling the launcher (10 seconds, once)"):
                 compile_launcher(work / "launcher", zstd)
             (work / "launcher").rename(made)
@@ -37,15 +37,20 @@ def launcher(cache: Path) -> Path:
     return made
 
 
-def fetch_zstd(work: Path) -> Path:
-    """zstd's source below `work`, its folder `lib`."""
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    only = ["--no-binary", ":all:", "--require-hashes", "-r", str(ZSTD_LOCK)]
-    with step("fetching zstd's source (5-20 seconds, once)"):
-        run_quietly([*command, *only, "--dest", str(work)], "pip download")
-    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
-        archive.extractall(work / "source", filter="data")
-    return next((work / "source").glob("*/src/c/zstd/lib"))
+def zstd_source(cache: Path) -> Path:
+    """zstd's source in the cache, its folder `lib`; call it with the cache locked."""
+    folder = cache / f"zstd-{digest(ZSTD_LOCK.read_bytes())}"
+    if not folder.exists():
+        work = scratch(cache)
+        command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        only = ["--no-binary", ":all:", "--require-hashes", "-r", str(ZSTD_LOCK)]
+        with step("fetching zstd's source (5-20 seconds, once)"):
+            run_quietly([*command, *only, "--dest", str(work)], "pip download")
+        with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+            archive.extractall(work / "source", filter="data")
+        next((work / "source").glob("*/src/c/zstd/lib")).rename(folder)
+        shutil.rmtree(work)
+    return folder
 
 
 def compile_launcher(target: Path, zstd: Path) -> None:

@@ -26,6 +26,7 @@ cat "${0%/*}/data/text"
 exit 3
 """
 FRESH, KEPT = "1", "0"
+pytestmark = pytest.mark.timeout(600)  # the first compiles the launcher: a few seconds
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,46 @@ def test_a_cache_that_cannot_be_made_is_no_obstacle(executable: Path, tmp_path: 
     for env in ({"XDG_CACHE_HOME": tmp_path / "file"}, {"HOME": "/proc"}, {"HOME": "relative"}, {}):
         started = start(executable, TMPDIR=tmp_path / "tmp", **env)
         assert started.folder.parent == tmp_path / f"tmp/pinaivu-{os.geteuid()}"
+
+
+def run_with_mounts(executable: Path, *mounts: str) -> subprocess.CompletedProcess[str]:
+    """With file systems of its own in the place of folders (FOLDER:OPTIONS), and no home."""
+    commands = [
+        f"mount -t tmpfs -o {one.partition(':')[2]} none {one.partition(':')[0]}" for one in mounts
+    ]
+    with executable.open("rb") as file:  # its path may be below one of them
+        command = " && ".join([*commands, f"exec /proc/self/fd/{file.fileno()}"])
+        return subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", command],
+            env={"PATH": os.defpath},
+            pass_fds=[file.fileno()],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+
+CAN_MOUNT = not subprocess.run(
+    ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/tmp"],
+    capture_output=True,
+).returncode
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="no mount namespaces here")
+def test_a_file_system_without_programs_is_passed_over(executable: Path) -> None:
+    done = run_with_mounts(executable, "/tmp:mode=1777,noexec", "/var/tmp:mode=1777")
+    assert Started(done).folder.parent == Path("/var/tmp/pinaivu-0")
+    done = run_with_mounts(executable, "/tmp:noexec", "/var/tmp:ro")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "/tmp/pinaivu-0 (mounted with noexec)" in done.stderr
+    assert "/var/tmp/pinaivu-0 (Read-only file system)" in done.stderr
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="no mount namespaces here")
+def test_where_there_is_no_safe_folder_it_takes_one_of_its_own(executable: Path) -> None:
+    """As in a container whose volumes anybody may write to."""
+    done = run_with_mounts(executable, "/tmp:mode=0777", "/var/tmp:mode=0777")
+    assert Started(done).folder.parent == Path("/tmp/pinaivu-0")
+    done = run_with_mounts(executable, "/tmp:mode=0777", "/var/tmp:mode=1777")
+    assert Started(done).folder.parent == Path("/var/tmp/pinaivu-0")
 
 
 def test_a_full_disk_leaves_nothing_behind(executable: Path, cache: Path, tmp_path: Path) -> None:

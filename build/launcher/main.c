@@ -52,10 +52,11 @@ static void start(const struct program *program, const char *place, int fresh, i
 
 /* Runs the program from below `path`, and unpacks it first if need be; returns if that is not
  * possible. */
-static void run_from(const struct program *program, const char *path, char **arguments) {
+static void run_from(const struct program *program, const char *path, int strict,
+                     char **arguments) {
     char real[PATH_MAX];
     const char *reason;
-    int place = open_place(path, real, &reason), fresh = 0;
+    int place = open_place(path, strict, real, &reason), fresh = 0;
     if (place < 0) {
         give_up(path, reason);
         return;
@@ -78,21 +79,25 @@ int main(int count, char **arguments) {
     const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME"), *tmp = getenv("TMPDIR");
     const char *shared[] = {tmp, "/tmp", "/var/tmp"};
     struct program program = {0};
-    char path[PATH_MAX] = "";
+    char path[PATH_MAX];
     (void)count;
     open_program(&program);
-    if (cache && cache[0] == '/')
-        snprintf(path, sizeof path, "%s/pinaivu", cache);
-    else if (home && home[0] == '/')
-        snprintf(path, sizeof path, "%s/.cache/pinaivu", home);
-    if (path[0])
-        run_from(&program, path, arguments);
-    for (int n = 0; n < 3; n++) {
-        if (!shared[n] || shared[n][0] != '/')
-            continue;
-        snprintf(path, sizeof path, "%s/pinaivu-%u", shared[n], (unsigned)geteuid());
-        run_from(&program, path, arguments);
+    /* In a container, all folders may be below some that anybody can write to. */
+    for (int strict = 1; strict >= 0; strict--) {
+        reasons[0] = path[0] = 0;
+        if (cache && cache[0] == '/')
+            snprintf(path, sizeof path, "%s/pinaivu", cache);
+        else if (home && home[0] == '/')
+            snprintf(path, sizeof path, "%s/.cache/pinaivu", home);
+        if (path[0])
+            run_from(&program, path, strict, arguments);
+        for (int n = 0; n < 3; n++) {
+            if (!shared[n] || shared[n][0] != '/')
+                continue;
+            snprintf(path, sizeof path, "%s/pinaivu-%u", shared[n], (unsigned)geteuid());
+            run_from(&program, path, strict, arguments);
+        }
     }
-    fail("the executable cannot be unpacked anywhere: %s.  Set XDG_CACHE_HOME or TMPDIR to a folder of "
-         "yours with 150 MB free, on a disk from which programs may run.", reasons);
+    fail("the executable cannot be unpacked anywhere: %s.  Set XDG_CACHE_HOME or TMPDIR to a folder "
+         "of yours with 200 MB free, on a disk from which programs may run.", reasons);
 }

@@ -19,7 +19,7 @@ static int is_safe(const struct stat *found) {
     return !(found->st_mode & 022) || (found->st_mode & S_ISVTX);
 }
 
-static int make_missing(const char *path) {
+static int make_missing(const char *path, int strict) {
     char part[PATH_MAX];
     struct stat found;
     size_t length = strlen(path);
@@ -31,7 +31,7 @@ static int make_missing(const char *path) {
         memcpy(part, path, at);
         part[at] = 0;
         if (!stat(part, &found)) {
-            if (!is_safe(&found))
+            if (strict && !is_safe(&found))
                 return errno = EPERM, -1; /* before anything is made there */
         } else if (mkdir(part, 0700) && errno != EEXIST) {
             return -1;
@@ -52,15 +52,16 @@ static int is_below_safe_folders(const char *real) {
     return 1;
 }
 
-int open_place(const char *path, char *real, const char **reason) {
+int open_place(const char *path, int strict, char *real, const char **reason) {
     struct stat found;
     struct statvfs system;
-    int folder = make_missing(path) ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+    int folder = make_missing(path, strict) ? -1 : open(path, flags);
     if (folder < 0 || fstat(folder, &found) || !realpath(path, real)) {
         *reason = errno == EPERM ? "others can write to a folder above it" : strerror(errno);
     } else if (found.st_uid != geteuid() || (found.st_mode & 022)) {
         *reason = "others can write to it";
-    } else if (!is_below_safe_folders(real)) {
+    } else if (strict && !is_below_safe_folders(real)) {
         *reason = "others can write to a folder above it";
     } else if (!fstatvfs(folder, &system) && (system.f_flag & ST_NOEXEC)) {
         *reason = "mounted with noexec";

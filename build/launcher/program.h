@@ -28,8 +28,9 @@ void open_program(struct program *program);
 int next_entry(const struct program *program, const unsigned char **at, struct entry *entry);
 
 /* Opens a folder that what is unpacked may be in, and makes it and what is missing above it; `real`
- * becomes its path without symbolic links.  If it is not ours alone, -1, and `reason` says why. */
-int open_place(const char *path, char *real, const char **reason);
+ * becomes its path without symbolic links.  If it is not ours alone, -1, and `reason` says why.  If
+ * `strict`, nobody else may be able to put another folder in its place either. */
+int open_place(const char *path, int strict, char *real, const char **reason);
 
 /* The unpacked program, locked, if it is whole, else -1.  The descriptor outlives the start of the
  * program, and the lock with it. */
