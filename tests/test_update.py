@@ -4,6 +4,7 @@ at every moment."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -116,6 +117,17 @@ def test_apply_replaces_and_rollback_puts_back(server: ReleaseServer, executable
     assert (executable.read_bytes(), previous.read_bytes()) == (OLD, fake_executable(NEWER))
     update(server, "--rollback")
     assert (executable.read_bytes(), previous.read_bytes()) == (fake_executable(NEWER), OLD)
+
+
+def test_what_a_killed_update_has_left_is_removed_by_a_later_one(
+    server: ReleaseServer, executable: Path
+) -> None:
+    old, new = (executable.with_name(f".pinaivu-{letter * 8}") for letter in "ab")
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    update(server, "--apply")
+    assert left(executable) == [new.name, "pinaivu", "pinaivu.previous"]
 
 
 def test_a_variant_becomes_the_same_variant(

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from pinaivu_box.errors import UpdateFailed
 
 _CLONE = Path(__file__).parents[2] / "pinaivu.spec"
 _TRIAL_SECONDS = 120.0  # a slow disk takes its time to unpack a program
+_LEFT_OVER_SECONDS = 86400.0
 
 
 def own() -> Path:
@@ -51,6 +53,7 @@ def replace(executable: Path, version: str, write: Callable[[BinaryIO], None]) -
     Raises UpdateFailed, and what `write` raises; nothing is changed then.
     """
     with _explained(executable), _beside(executable) as new:
+        _remove_left_over(executable)
         with new.open("wb") as out:
             write(out)
         new.chmod(0o755)
@@ -121,6 +124,13 @@ def _beside(executable: Path) -> Iterator[Path]:
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _remove_left_over(executable: Path) -> None:
+    """What updates have left that were killed."""
+    for path in executable.parent.glob(f".{executable.name}-????????"):
+        if path.is_file() and time.time() - path.stat().st_mtime > _LEFT_OVER_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
