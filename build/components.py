@@ -166,7 +166,7 @@ def launcher() -> list[Component]:
 
 def _static_glibc() -> Component | None:
     """None where the launcher is linked with the system's."""
-    found = _output(*compiler().split(), "-print-file-name=libc.a")
+    found = _output(*compiler().split(), "-print-file-name=libc.a").strip()
     if not Path(found).is_absolute():
         return None
     made = system_library(Path(found).resolve())
