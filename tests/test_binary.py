@@ -134,8 +134,8 @@ def test_it_answers_plain_and_streamed(box: Box) -> None:
 
 def test_it_answers_by_a_schema(box: Box) -> None:
     """What compiles grammars is in it, and all that it looks up."""
-    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
-    schema |= {"additionalProperties": False}
+    number = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+    schema = {**number, "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
     body = {**REQUEST, "max_tokens": 64, "response_format": wanted}
     answer = box.http("POST", "/v1/chat/completions", json=body)
