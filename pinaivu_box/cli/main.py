@@ -39,6 +39,7 @@ COMMANDS = {
     "restore": ("backup:restore", "Restore a backup."),
     "doctor": ("doctor:doctor", "Check the box and its machine."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
+    "service": ("service:service", "Run the box as a service of systemd."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
     "chat-server": ("serve:chat_server", ""),
 }
