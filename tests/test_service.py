@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pinaivu_box.doctor.service import installed as examined
 from pinaivu_box.errors import ConfigurationInvalid, UsageError
 from tests.support.in_process_command import run_command
 from tests.support.process_box import environment
@@ -175,6 +176,20 @@ def test_logs_are_journalctls(machine: Machine) -> None:
     assert machine.programs.calls() == [
         "journalctl --user-unit=pinaivu.service --lines=5 --follow REQUEST_ID=req_1"
     ]
+
+
+def test_the_doctor_looks_at_the_service_of_its_home(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(machine.settings))
+    assert list(examined(machine.home)) == []
+    machine.install()
+    (check,) = examined(machine.home)
+    assert check.state == "warning" and check.todo.endswith("loginctl enable-linger")
+    machine.executable.unlink()
+    (check,) = examined(machine.home)
+    assert check.state == "failed" and str(machine.executable) in check.found
+    assert list(examined(machine.home / "another")) == []
 
 
 # -- refusals ------------------------------------------------------------------------------------
