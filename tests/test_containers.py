@@ -1,5 +1,5 @@
-"""The image, the compose files and the Kubernetes manifest say what the box does: nothing is built or
-run here, which tests/containers/run does."""
+"""The image, the compose files and the Kubernetes manifest fit the box.  Nothing is built or run here:
+tests/containers/run does that."""
 
 from __future__ import annotations
 

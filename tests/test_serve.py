@@ -197,7 +197,7 @@ INVALID = ConfigurationInvalid.exit_code
 
 
 def refused(*args: str, home: Path, env: dict[str, str] | None = None, status: int = 1) -> str:
-    """`serve` exits with that status, exactly one line on stderr and nothing on stdout; the line."""
+    """`serve` exits so, with exactly one line on stderr and nothing on stdout; the line."""
     done = subprocess.run(
         [*PINAIVU, "serve", "--home", str(home), "--port", "0", *args],
         capture_output=True,

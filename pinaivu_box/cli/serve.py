@@ -9,7 +9,7 @@ import os
 import signal
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,21 +125,17 @@ async def _serve(
                 startup.end()
                 local = url_of(config.server, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
-                not_served = not_served_in(box.catalog)
-                for file in not_served[:_MAX_NOT_SERVED]:
-                    click.echo(f"pinaivu: not served: {file.path}: {file.reason}.", err=True)
-                if (more := len(not_served) - _MAX_NOT_SERVED) > 0:
-                    text = f"pinaivu: {more} more files are not served: see 'pinaivu ls'."
-                    click.echo(text, err=True)
+                _print_not_served(not_served_in(box.catalog))
+                url = url_of(config.server, port)
                 names = [model.id for model in box.catalog.models]
                 if not private:
-                    fields = {"url": url_of(config.server, port), "models": ", ".join(names)}
+                    fields = {"url": url, "models": ", ".join(names)}
                     log.info("serving", extra={"fields": fields})
                     return
                 certificate = box.settings.current.certificate
                 click.echo(
                     banner(
-                        url_of(config.server, port),
+                        url,
                         home,
                         names,
                         secret,
@@ -157,6 +153,13 @@ async def _serve(
         _say("Goodbye.")
     finally:
         listener.close()
+
+
+def _print_not_served(files: Sequence[Any]) -> None:
+    for file in files[:_MAX_NOT_SERVED]:
+        click.echo(f"pinaivu: not served: {file.path}: {file.reason}.", err=True)
+    if (more := len(files) - _MAX_NOT_SERVED) > 0:
+        click.echo(f"pinaivu: {more} more files are not served: see 'pinaivu ls'.", err=True)
 
 
 def _stopping(running: int) -> None:
