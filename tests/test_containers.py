@@ -1,5 +1,5 @@
-"""The image, the compose files and the Kubernetes manifest fit the box.  Nothing is built or run here:
-tests/containers/run does that."""
+"""Whether the image, the compose files and the Kubernetes manifest fit the box.  Nothing is built
+here: tests/containers/run does that."""
 
 from __future__ import annotations
 

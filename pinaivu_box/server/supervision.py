@@ -47,6 +47,7 @@ class Supervision:
 
     async def __aenter__(self) -> Self:
         if self._notifier:
+            self._notifier.status("Starting")
             self._tasks.spawn(self._extend_start())
         if self._notifier.watchdog_seconds:
             faulthandler.enable()  # when the watchdog ends it, the log says where it was
