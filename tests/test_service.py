@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from pinaivu_box.doctor.service import installed as examined
 from pinaivu_box.errors import ConfigurationInvalid, UsageError
+from pinaivu_box.systemd import executable
 from tests.support.in_process_command import run_command
 from tests.support.process_box import environment
 from tests.support.systemd_programs import SystemdPrograms
@@ -234,11 +237,29 @@ def test_a_clone_is_no_program_to_rely_on(machine: Machine) -> None:
     assert "part of a clone" in done.stderr and "build/binary" in done.stderr
 
 
+def test_an_executable_has_to_be_where_it_stays(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an executable, which is a program of its own (`sys.frozen`), the place counts."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", str(machine.executable))
+    monkeypatch.setattr(tempfile, "tempdir", str(machine.executable.parents[1]))
+    done = machine.run("install", "--user", "--dry-run", check=False)
+    assert done.returncode == 1 and "a folder for temporary files" in done.stderr
+    monkeypatch.setattr(executable, "_TEMPORARY", ())
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    unit = unit_of(machine.run("install", "--user", "--dry-run").stdout)
+    assert f"ExecStart={machine.executable} serve --home" in unit
+    # A service of the system sees no home directory.
+    monkeypatch.setattr(executable, "_HOMES", (str(machine.executable.parents[1]),))
+    done = machine.run("install", "--system", "--dry-run", check=False)
+    assert done.returncode == 1 and "does not see" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (("--executable", "/nowhere/pinaivu"), "no program that can be run"),
-        (("--executable", "/root/pinaivu"), "no program that can be run"),
         (("--home", "/home/ann/box"), "does not see"),
         (("--port", "70000"), "70000"),
         (("--user",), "exclude"),
