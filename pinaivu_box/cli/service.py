@@ -22,7 +22,7 @@ from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_fields
 from pinaivu_box.config import Config, default_home
 from pinaivu_box.errors import CliError, UsageError, quoted
-from pinaivu_box.text import megabytes
+from pinaivu_box.text import megabytes, number
 
 if TYPE_CHECKING:
     from pinaivu_box.systemd.installation import Step
@@ -184,14 +184,14 @@ def status(call: Call, system: bool | None, name: str) -> None:
     found = _found(name, system)
     said = manager.properties(found, *_PROPERTIES)
     running = said.get("ActiveState") in ("active", "reloading")
-    memory = said.get("MemoryCurrent", "")
+    memory = number(said.get("MemoryCurrent", ""))  # none where systemd does not count it
     fields = {
         "service": found.path.name,
         "state": f"{said.get('ActiveState', '?')} ({said.get('SubState', '?')})",
         "status": said.get("StatusText", "") or "-",
         "since": said.get("ActiveEnterTimestamp", "") or "-",
         "pid": said.get("MainPID", "-"),
-        "memory": megabytes(int(memory)) if memory.isdigit() else "-",
+        "memory": "-" if memory is None else megabytes(memory),
         "restarts": said.get("NRestarts", "-"),
         "at start of machine": said.get("UnitFileState", "-"),
         "home": str(found.home),

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import string
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ _IDENTIFIER = "pinaivu"
 _MAX_NAME_CHARS = 64
 _MAX_VALUE_BYTES = 64 << 10
 _SEND_SECONDS = 1.0  # a journal that does not read for so long misses a record
+_DIGITS = frozenset(string.digits)
 _NOT_IN_NAMES = re.compile(r"[^A-Z0-9_]")
 # Of systemd.journal-fields(7), those that ours could be confused with.
 _RESERVED = frozenset(
@@ -107,7 +109,7 @@ def _fields(record: logging.LogRecord, message: str) -> Iterator[bytes]:
 def field_name(name: str) -> str:
     """The journal's name for a field of ours; "" if it can have none."""
     upper = _NOT_IN_NAMES.sub("_", name.upper()).lstrip("_")
-    if upper in _RESERVED or upper[:1].isdigit():
+    if upper in _RESERVED or upper[:1] in _DIGITS:
         upper = f"PINAIVU_{upper}"
     return upper[:_MAX_NAME_CHARS]
 

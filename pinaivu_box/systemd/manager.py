@@ -16,7 +16,7 @@ from pinaivu_box.systemd.unit import OLDEST_VERSION, home_and_executable
 
 SYSTEM_UNITS = Path("/etc/systemd/system")
 _LINGER = Path("/var/lib/systemd/linger")
-_VERSION = re.compile(r"systemd ([0-9]{1,5})\b.*", re.DOTALL)
+_VERSION = re.compile(r"systemd ([0-9]{1,5})(?![0-9]).*", re.DOTALL)
 _NO_SYSTEMD = (
     "systemd does not run on this machine, so it can install no service: start 'pinaivu serve' by "
     "what starts programs here, or in a container (docs/service.md)."

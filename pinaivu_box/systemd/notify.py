@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import MutableMapping
 
+from pinaivu_box.text import number
+
 _SEND_SECONDS = 1.0  # a manager that does not read for so long misses a notification
 
 
@@ -31,8 +33,7 @@ class Notifier:
         if not address.startswith(("/", "@")):
             return cls()
         ours = not process or process in _own_pids()
-        seconds = int(interval) / 1e6 if interval.isascii() and interval.isdigit() else 0.0
-        return cls(address, seconds if ours else 0.0)
+        return cls(address, (number(interval) or 0) / 1e6 if ours else 0.0)
 
     def __bool__(self) -> bool:
         return bool(self._address)
