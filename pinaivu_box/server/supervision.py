@@ -28,7 +28,7 @@ _EXTEND_EVERY_SECONDS = 10.0
 _MAX_START_SECONDS = 3600.0  # migrating a large database takes minutes
 _MAX_CLOSE_SECONDS = 60.0  # after the last request has ended
 _STATUS_SECONDS = 5.0
-_RETRY_SECONDS = 0.1
+_RETRY_SECONDS = 0.1  # a socket that is not there yet refuses at once
 _ANSWER_SECONDS = 30.0
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
 _REQUEST = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -114,7 +114,9 @@ class Supervision:
         while True:
             if await _answers(host, port, tls):
                 self._notifier.alive()
-            await asyncio.sleep(self._notifier.watchdog_seconds / 2)
+                await asyncio.sleep(self._notifier.watchdog_seconds / 2)
+            else:  # one answer that is late is no reason to end what runs
+                await asyncio.sleep(_RETRY_SECONDS)
 
     def _status(self) -> str:
         box = self._box

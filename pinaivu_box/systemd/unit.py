@@ -99,6 +99,7 @@ def _lines(service: Service) -> Iterator[str]:
     yield "# Written by 'pinaivu service install', which replaces it."
     options = "" if service.system else "--user "
     yield f"# What you change belongs beside it: 'systemctl {options}edit {service.name}'."
+    yield ""
     yield "[Unit]"
     yield "Description=Pinaivu Box"
     if service.system:
