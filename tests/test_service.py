@@ -195,6 +195,16 @@ def test_the_doctor_looks_at_the_service_of_its_home(
     assert list(examined(machine.home / "another")) == []
 
 
+def test_the_commands_of_the_documentation_are_there() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "service.md").read_text()
+    lines = re.findall(r"^    (?:sudo )?pinaivu service ([^#\n]*)", text, re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        command, *options = line.split()
+        printed = run_command("service", command, "--help", home=None).stdout
+        assert all(option in printed for option in options), line
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
