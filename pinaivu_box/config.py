@@ -22,7 +22,7 @@ from pinaivu_box import amount, login_config, server_config
 from pinaivu_box.amount import Prices
 from pinaivu_box.config_section import Port, PositiveInt, Section
 from pinaivu_box.engine.messages import Exact, KvType, SamplingDefaults, Split
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import CliError, ConfigurationInvalid
 from pinaivu_box.login_config import LoginConfig
 from pinaivu_box.server_config import ServerConfig
 from pinaivu_box.text import NO_CONTROLS, whole
@@ -320,7 +320,7 @@ def load(
     overrides: Mapping[tuple[str, ...], Any] | None = None,
     extra_models: list[ModelConfig] | None = None,
 ) -> Config:
-    """Read, merge and check the configuration.  Raises CliError."""
+    """Read, merge and check the configuration.  Raises CliError, and ConfigurationInvalid below."""
     tree = _read(path) if path else {}
     for variable, keys in ENVIRONMENT.items():
         if variable in environ:
@@ -335,7 +335,7 @@ def load(
         config = msgspec.structs.replace(config, model=[*config.model, *(extra_models or [])])
         _check(config)
     except (msgspec.ValidationError, ValueError) as error:
-        raise CliError(f"{where} is not valid: {_clause(error)}.") from error
+        raise ConfigurationInvalid(f"{where} is not valid: {_clause(error)}.") from error
     return config
 
 
@@ -371,7 +371,9 @@ def _read(path: Path) -> dict[str, Any]:
         reason = error.strerror or error
         raise CliError(f"The configuration {path} cannot be read: {reason}.") from error
     except (msgspec.DecodeError, ValueError) as error:
-        raise CliError(f"The configuration {path} is not valid TOML: {error}.") from error
+        raise ConfigurationInvalid(
+            f"The configuration {path} is not valid TOML: {error}."
+        ) from error
 
 
 def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

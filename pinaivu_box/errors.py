@@ -44,6 +44,15 @@ class UsageError(CliError):
     exit_code = 2
 
 
+class ConfigurationInvalid(CliError):
+    """The configuration is not valid; a service that says so is not started again.
+
+    Its exit status is EX_CONFIG of sysexits.h.
+    """
+
+    exit_code = 78
+
+
 class NotRunning(CliError):
     """The command needs a running box."""
 

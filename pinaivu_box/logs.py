@@ -1,4 +1,5 @@
-"""Log lines as text or JSON; they never contain a key, a prompt or an answer."""
+"""Log lines as text or JSON, to standard error or the journal; they never contain a key, a prompt
+or an answer."""
 
 from __future__ import annotations
 
@@ -11,19 +12,27 @@ import msgspec
 
 from pinaivu_box.config import LogConfig
 from pinaivu_box.errors import quoted
+from pinaivu_box.systemd.journal import JournalHandler, is_journal
 from pinaivu_box.text import utc_text
 
 _MAX_VALUE_CHARS = 400
 _MAX_MESSAGE_CHARS = 4000
 
 
-class _TextFormatter(logging.Formatter):
+class _MessageFormatter(logging.Formatter):
+    """The message with its fields: the journal knows time and level."""
+
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {}).items()
         pairs = "".join(f" {name}={_shown(value)}" for name, value in fields if value is not None)
-        message = quoted(record.getMessage(), _MAX_MESSAGE_CHARS)
-        line = f"{utc_text(record.created)} {record.levelname.lower():7} {message}{pairs}"
+        line = f"{quoted(record.getMessage(), _MAX_MESSAGE_CHARS)}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _TextFormatter(_MessageFormatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = record.levelname.lower()
+        return f"{utc_text(record.created)} {level:7} {super().format(record)}"
 
 
 class _JsonFormatter(logging.Formatter):
@@ -50,9 +59,12 @@ def _shown(value: Any) -> str:
 
 
 def configure(config: LogConfig) -> None:
-    """Log to stderr; stdout is for the output of commands."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if config.format == "json" else _TextFormatter())
+    """Log to stderr, or with fields to the journal if that reads it; stdout is for the output of
+    commands."""
+    in_journal = is_journal(2)
+    handler: logging.Handler = JournalHandler() if in_journal else logging.StreamHandler(sys.stderr)
+    text = _MessageFormatter() if in_journal else _TextFormatter()
+    handler.setFormatter(_JsonFormatter() if config.format == "json" else text)
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
     # At debug, aiosqlite logs each statement and asyncio each slow callback; httpx each request.
     for noisy in ("aiosqlite", "asyncio", "httpx", "httpcore"):

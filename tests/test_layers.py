@@ -46,6 +46,7 @@ ROOMS = (
     "policy_bounds",
     "identity",
     "log",
+    "systemd",
     "logs",
     "openai",
     "models",

@@ -42,6 +42,7 @@ COMMANDS = {
     "verify-release": ("verify_release:verify_release", "Check downloaded files of a release."),
     "licenses": ("licenses:licenses", "Show the licences of all that is in this program."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
+    "service": ("service:service", "Run the box as a service of systemd."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
     "chat-server": ("serve:chat_server", ""),
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from pinaivu_box.cli.client import Running, write_running
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
+
+log = logging.getLogger("pinaivu.serve")
 
 _MAX_NOT_SERVED = 20  # files that are named at the start
 _MODELS_COLUMN = 12  # of the banner
@@ -98,17 +101,23 @@ async def _serve(
     from pinaivu_box.box import not_served_in, open_box
     from pinaivu_box.server.serve import bind
     from pinaivu_box.server.serve import serve as serve_box
+    from pinaivu_box.server.supervision import Supervision
+    from pinaivu_box.systemd.journal import is_journal
+    from pinaivu_box.systemd.notify import Notifier
 
+    notifier = Notifier.from_environment()
     config = load()
     logs.configure(config.log)
+    # What is printed would stay in a journal that many may read.
+    private = not is_journal(1)
     # First: if the address is in use, no key must be left in the home that nobody has seen.
     listener = bind(config.server.host, config.server.port)
     try:
-        async with open_box(load, home) as box:
+        async with Supervision(notifier) as supervision, open_box(load, home) as box:
             if wanted:
                 await first_model.pull(box, wanted)
             port = listener.getsockname()[1]
-            secret = await _first_key(box.database) if first_key else None
+            secret = await _first_key(box.database) if first_key and private else None
             link = await _first_link(box, login_url(config.server, port)) if first_key else ""
             devices = await describe_devices(box.devices)
 
@@ -116,17 +125,17 @@ async def _serve(
                 startup.end()
                 local = url_of(config.server, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
-                not_served = not_served_in(box.catalog)
-                for file in not_served[:_MAX_NOT_SERVED]:
-                    click.echo(f"pinaivu: not served: {file.path}: {file.reason}.", err=True)
-                if (more := len(not_served) - _MAX_NOT_SERVED) > 0:
-                    text = f"pinaivu: {more} more files are not served: see 'pinaivu ls'."
-                    click.echo(text, err=True)
+                _print_not_served(not_served_in(box.catalog))
+                url = url_of(config.server, port)
                 names = [model.id for model in box.catalog.models]
+                if not private:
+                    fields = {"url": url, "models": ", ".join(names)}
+                    log.info("serving", extra={"fields": fields})
+                    return
                 certificate = box.settings.current.certificate
                 click.echo(
                     banner(
-                        url_of(config.server, port),
+                        url,
                         home,
                         names,
                         secret,
@@ -138,12 +147,19 @@ async def _serve(
                 )
 
             try:
-                await serve_box(box, listener, started, _stopping)
+                await serve_box(box, listener, started, _stopping, supervision)
             finally:
                 (home / "run.json").unlink(missing_ok=True)
         _say("Goodbye.")
     finally:
         listener.close()
+
+
+def _print_not_served(files: Sequence[Any]) -> None:
+    for file in files[:_MAX_NOT_SERVED]:
+        click.echo(f"pinaivu: not served: {file.path}: {file.reason}.", err=True)
+    if (more := len(files) - _MAX_NOT_SERVED) > 0:
+        click.echo(f"pinaivu: {more} more files are not served: see 'pinaivu ls'.", err=True)
 
 
 def _stopping(running: int) -> None:

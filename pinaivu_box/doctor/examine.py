@@ -16,6 +16,7 @@ from pinaivu_box.doctor import (
     other_logs,
     receipt_log,
     relay,
+    service,
     upstreams,
 )
 from pinaivu_box.doctor import home as homes
@@ -59,6 +60,7 @@ def examine(
         ("relay", partial(relay.configured, config)),
         ("upstream", partial(upstreams.configured, config)),
         ("GPU", graphics.gpus),
+        ("service", partial(service.installed, home)),
     ]
     for name, examiner in examiners:
         starting(name)

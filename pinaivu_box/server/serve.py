@@ -25,6 +25,7 @@ from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
 from pinaivu_box.server.app import create_app
 from pinaivu_box.server.chunks import EXTENSION
+from pinaivu_box.server.supervision import Supervision
 from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.serve")
@@ -151,6 +152,7 @@ async def serve(
     listener: socket.socket,
     started: Callable[[], None],
     stopping_with: Callable[[int], None],
+    supervision: Supervision,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once.
 
@@ -158,7 +160,8 @@ async def serve(
     running requests.
     """
     stopping = asyncio.Event()
-    _on_signals(stopping, box)
+    _on_signals(stopping, box, supervision)
+    supervision.watch(box, listener)
     config = _Config()
     config.tls = box.tls
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
@@ -177,6 +180,7 @@ async def serve(
     await asyncio.wait({server, stop_signal}, return_when=asyncio.FIRST_COMPLETED)
     if stop_signal.done():
         stopping_with(box.requests.count)
+        supervision.stopping(box.requests.count, box.config.server.drain_seconds)
         # Still listening, so that new requests get a 503 and not a refused connection.
         await box.drain()
         drained.set()
@@ -190,7 +194,7 @@ async def serve(
         app.state.bodies.close()
 
 
-def _on_signals(stopping: asyncio.Event, box: Box) -> None:
+def _on_signals(stopping: asyncio.Event, box: Box, supervision: Supervision) -> None:
     loop = asyncio.get_running_loop()
     first = 0.0
 
@@ -206,7 +210,7 @@ def _on_signals(stopping: asyncio.Event, box: Box) -> None:
         if terminal and not _has_terminal():
             stop(signal.SIGHUP)  # the terminal window was closed
         else:
-            reloading.spawn(_reload(box))
+            reloading.spawn(_reload(box, supervision))
 
     terminal = _has_terminal()
     reloading = TaskSet()
@@ -224,11 +228,13 @@ def _has_terminal() -> bool:
     return True
 
 
-async def _reload(box: Box) -> None:
-    try:
-        reloaded = await box.reload()
-    except CliError as error:
-        log.error("not reloaded: %s", error.message)
-    else:
-        fields = reloaded._asdict() | {"not_served": len(reloaded.not_served)}
-        log.info("reloaded", extra={"fields": fields})
+async def _reload(box: Box, supervision: Supervision) -> None:
+    with supervision.reloading():
+        try:
+            reloaded = await box.reload()
+        except CliError as error:
+            log.error("not reloaded: %s", error.message)
+            supervision.not_reloaded(error.message)
+        else:
+            fields = reloaded._asdict() | {"not_served": len(reloaded.not_served)}
+            log.info("reloaded", extra={"fields": fields})
