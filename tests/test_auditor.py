@@ -29,8 +29,8 @@ from pinaivu_box.receipts.transcript import LegTranscript, PromptTranscript, Req
 from tests.support import receipt_vectors
 from tests.support.bare_engine import engine
 from tests.support.engine_harness import Heard, add, run
+from tests.support.exact_runner import made
 from tests.support.fake_model import fake_text
-from tests.support.path_runner import made
 
 NONCE = "ab" * 32
 PROMPT = [*b"Hello, box"]

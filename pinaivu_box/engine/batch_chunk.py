@@ -13,15 +13,13 @@ class BatchChunk:
     """`count` known tokens of `sequence` from its position `start`, then `draft`.
 
     Logits come from the last known token if no other follows it, from each drafted one, and from
-    the positions `scored`, for the log-probabilities of the prompt's tokens after them.  In exact
-    mode all chunks of a step are `in_blocks` (`exact_path`), or none is.
+    the positions `scored`, for the log-probabilities of the prompt's tokens after them.
     """
 
     sequence: Sequence
     start: int
     count: int
     draft: abc.Sequence[int] = ()
-    in_blocks: bool = False
 
     @property
     def size(self) -> int:

@@ -53,19 +53,18 @@ class Allowance:
 
 @dataclass
 class _Planned:
-    """The next step: its `rows`, how many tokens are `expected` of them, how many more find `room`,
-    and how many a draft has at most."""
+    """The next step: its `rows`, how many tokens are `expected` of them, and how many more find
+    `room`."""
 
     rows: int
     expected: float
     room: int
-    longest: int = MAX_DRAFT_TOKENS
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
 
     def limit(self, sequence: Sequence) -> int:
         """How many tokens a draft for the sequence may have."""
         left = min(sequence.max_length - sequence.shifted, sequence.context) - len(sequence.tokens)
-        return max(0, min(self.room, left - 1, self.longest))
+        return max(0, min(self.room, left - 1, MAX_DRAFT_TOKENS))
 
     def add(self, sequence: Sequence, draft: list[int], expected: float) -> None:
         if draft:
@@ -91,18 +90,12 @@ class Drafting:
     """Drafts for the steps that `step_cost` knows, with a draft `model` if there is one.
 
     That model may lose what `for_drafts` allows by its drafts, and what `for_reading` allows by
-    reading what came before them.  A draft has `longest` tokens at most.
+    reading what came before them.
     """
 
-    def __init__(
-        self,
-        step_cost: StepCostModel,
-        model: DraftModel | None = None,
-        longest: int = MAX_DRAFT_TOKENS,
-    ) -> None:
+    def __init__(self, step_cost: StepCostModel, model: DraftModel | None = None) -> None:
         self._step_cost = step_cost
         self._model = model
-        self._longest = longest
         self._rate = _INITIAL_RATE  # over all sequences
         self.for_drafts, self.for_reading = Allowance(), Allowance()
         self._reading: set[Sequence] = set()
@@ -131,7 +124,7 @@ class Drafting:
         self._settle()
         self._steps += 1
         self._steps_without_plan = 0
-        planned = _Planned(len(sequences), float(len(sequences)), room, self._longest)
+        planned = _Planned(len(sequences), float(len(sequences)), room)
         rates = self._draft_from_text(planned, sequences)
         # What drafts save can only be told where it is known how long a step takes without them.
         plain = not self._steps % _PLAIN_STEP_INTERVAL or not self._step_cost.knows(len(sequences))
@@ -210,7 +203,7 @@ class Drafting:
 
     def _pays(self, rows: int, rate: float) -> bool:
         """Whether it pays to check a draft of that acceptance rate beside all that runs."""
-        return self._step_cost.draft_length(rows, float(rows), rate, self._longest) > 0
+        return self._step_cost.draft_length(rows, float(rows), rate, MAX_DRAFT_TOKENS) > 0
 
     # -- by the model ----------------------------------------------------------------------------
 
@@ -222,8 +215,8 @@ class Drafting:
         asked = self._steps_without_plan
         if self._model is None or asked & (asked - 1):
             return False
-        room = len(running) * self._longest
-        planned = _Planned(len(running), float(len(running)), room, self._longest)
+        room = len(running) * MAX_DRAFT_TOKENS
+        planned = _Planned(len(running), float(len(running)), room)
         return self._model_draft(planned, self._model, self._candidates(planned, running)).rows > 0
 
     def _candidates(self, planned: _Planned, sequences: abc.Iterable[Sequence]) -> list[Sequence]:

@@ -81,7 +81,6 @@ class Engine:
             ids=facts.sequence_ids,
             sharing=facts.sharing,
             draft_model=draft_model,
-            exact=facts.exact,
         )
         self._arrivals = itertools.count(1)
         self._steps = 0
@@ -142,8 +141,7 @@ class Engine:
         store, share = self._store, sequence.share
         if store is None or share.scope == PRIVATE:
             return
-        sequence.exact = self._facts.exact
-        tokens = sequence.cells(0, sequence.max_shared_tokens)
+        tokens = sequence.tokens[: sequence.max_shared_tokens]
         known, _ = self.scheduler.prefixes.match(tokens, share)
         saved = store.find(tokens, share, known)
         if saved is None:
@@ -555,8 +553,7 @@ def _batch_of(chunks: list[BatchChunk]) -> Batch:
         outputs += output_flags
     decoding = itertools.takewhile(lambda chunk: chunk.count == 1, chunks)
     single = sum(chunk.size for chunk in decoding)
-    in_blocks = any(chunk.in_blocks for chunk in chunks)
-    return Batch.of(tokens, positions, ids, outputs, single, in_blocks=in_blocks)
+    return Batch.of(tokens, positions, ids, outputs, single)
 
 
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:

@@ -25,8 +25,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from pinaivu_box.engine import exactness, llama_exact, own_templates
-from pinaivu_box.engine.exact_path import BLOCK, whole_blocks
+from pinaivu_box.engine import exactness, own_templates
 from pinaivu_box.engine.llama_adapters import LoadedAdapters
 from pinaivu_box.engine.llama_batch import BatchBuffer, ImageBatch, LogitsView
 from pinaivu_box.engine.llama_devices import DeviceChoice, cache_type, cpu_library, load_backends
@@ -165,7 +164,12 @@ class LlamaRunner:
         self._unified = load.max_sequences * load.context > load.kv_tokens
         setup = self._setup(load)
         self._exactness = exactness.of(load.exact, setup)
-        self._fixed_split = setup.fixed_split
+        self._rows_alike = setup.fixed_split >= exactness.ROWS_ALIKE
+        if load.exact is True and setup.hindrance:
+            raise BoxError(
+                f'exact = true cannot be kept: {setup.hindrance}. With exact = "auto" the model '
+                "is served without that promise."
+            )
         params.n_ctx = load.kv_tokens if self._unified else load.max_sequences * load.context
         # In the pool an id costs nothing, and those of no running sequence keep finished prefixes;
         # but each of a recurrent model has a state.
@@ -176,16 +180,12 @@ class LlamaRunner:
         # that it would have to compute in parts.
         params.n_batch = max(load.token_budget, params.n_seq_max, image_cells)
         params.n_ubatch = max(min(params.n_batch, 512), image_cells)
-        if self._exactness:  # blocks are not cut
-            params.n_batch = max(params.n_batch, BLOCK)
-            params.n_ubatch = max(whole_blocks(params.n_ubatch), BLOCK, image_cells)
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self._ubatch = params.n_ubatch
         params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified = self._unified
         params.type_k = params.type_v = cache_type(load)
         params.no_perf = True
-        if self._devices.without_blas:  # which attention in separate steps takes
+        # Attention in separate steps is not exact, and takes BLAS.
+        if self._exactness or self._devices.without_blas:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = llama.llama_init_from_model(self._model, params)
         if not context:
@@ -200,14 +200,11 @@ class LlamaRunner:
             weights=frozenset(self._log.tensor_types),
             variant=library.variant,
             build=_build(),
+            fixed_split=library.fixed_split,
             kv_type=load.kv_type,
             plain=self._devices.only_plain_cpu,
-            pool=self._unified,
-            windows=llama.llama_model_n_swa(self._model) > 0,
             states=self._has_states,
-            experts=bool(number_of(metadata(self._model, f"{self._architecture}.expert_count"))),
             adapted=bool(load.adapters),
-            fixed_split=library.fixed_split,
         )
 
     def _read_facts(self, load: LoadModel) -> ModelFacts:
@@ -395,13 +392,11 @@ class LlamaRunner:
         return np.concatenate(logits)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """llama.cpp's CPU attention works in tiles from 64 tokens on.  That is fast for a prompt;
-        with the next tokens of many sequences in one pool it computes the attention of each to
-        the cells of all, and throws nearly all of it away."""
-        if self._exactness:
-            return llama_exact.parts(batch, pool=self._unified)
+        """The CPU attention of llama.cpp, as it is published, works in tiles from 64 tokens on.
+        That is fast for a prompt; with the next tokens of many sequences in one pool it computes
+        the attention of each to the cells of all, and throws nearly all of it away."""
         size, single = len(batch.tokens), batch.single
-        if not self._unified or size < _TILE_TOKENS or single == 0:
+        if self._rows_alike or not self._unified or size < _TILE_TOKENS or single == 0:
             return [batch]
         cuts = [*range(0, single, _TILE_TOKENS - 1), single]
         if size - single < _TILE_TOKENS - (single - cuts[-2]):
@@ -409,9 +404,6 @@ class LlamaRunner:
         return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
 
     def _decode(self, batch: Batch) -> Float32:
-        extra: dict[int, int] = {}
-        if self._exactness and not self._fixed_split:
-            batch, extra = llama_exact.with_company(batch, pool=self._unified, ubatch=self._ubatch)
         filled = self._batch.fill(batch)
         if self._mode != self._pace.mode:
             self._change_mode(self._pace.mode)
@@ -423,8 +415,6 @@ class LlamaRunner:
             raise NoSlot
         if result != 0:
             raise self._decode_failure(result)
-        for sequence_id, position in extra.items():
-            self.truncate(sequence_id, position)
         rows = self._batch.outputs
         return self._logits.rows(rows) if rows else np.empty((0, self._n_vocab), np.float32)
 

@@ -216,9 +216,9 @@ class LoadModel(Struct, frozen=True, tag=True):
     `main_device` (the first).
 
     `adapters` are added to the model.  `draft` is a smaller model, which is loaded beside it, onto
-    the same devices, and proposes tokens.  `exact` is whether it should give the same bits whatever
-    else is computed, "auto" if that costs next to nothing (`engine.exactness`); `cpu_variant` is
-    the variant of ggml's library for the CPU, the best if it is empty.
+    the same devices, and proposes tokens.  `exact` is whether it has to give the same bits
+    whatever else is computed, "auto" if it can (`engine.exactness`); `cpu_variant` is the variant
+    of ggml's library for the CPU, the best if it is empty.
     """
 
     path: str

@@ -1,8 +1,8 @@
 """Computing an answer again: its tokens are known, and each draw is compared with the recorded one.
 
 A sequence with a `Replay` runs as any other, through the same plan, steps and sampler; only that it
-goes on with the recorded tokens, whatever is drawn.  Those are drafted, as many as a step takes, so
-that each is computed as a generated token is (`exact_path`), and all of them are kept.
+goes on with the recorded tokens, whatever is drawn.  Those are drafted, as many as a step takes,
+and all of them are kept.
 """
 
 from __future__ import annotations

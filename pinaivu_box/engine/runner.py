@@ -39,8 +39,8 @@ class ModelFacts:
     copied nor cut.  With `streams` (see `llama_runner`) a batch is best in order of sequence ids.
     `controls` are the texts of control tokens, which only a template or a raw prompt can write.
     `memory` is what was taken on each device.  With an `exactness` each token of a sequence gives
-    the same bits whatever else is computed, if it is computed as `exact_path` says; the text says
-    on which engines they are the same.  `cpu_variant` is that of ggml's library for the CPU.
+    the same bits whatever else is computed; the text says on which engines they are the same.
+    `cpu_variant` is that of ggml's library for the CPU.
     """
 
     build: str
@@ -75,8 +75,7 @@ class Batch:
     """One step's input: parallel arrays of n tokens.
 
     `outputs` is 1 where the logits of that position are wanted; sequence ids are below
-    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.  A batch
-    `in_blocks` holds whole blocks of sequences (`exact_path`), one sequence after another.
+    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.
     """
 
     tokens: Int32
@@ -84,7 +83,6 @@ class Batch:
     sequence_ids: Int32
     outputs: npt.NDArray[np.int8]
     single: int = 0
-    in_blocks: bool = False
 
     @classmethod
     def of(
@@ -94,8 +92,6 @@ class Batch:
         sequence_ids: Sequence[int],
         outputs: Sequence[int],
         single: int = 0,
-        *,
-        in_blocks: bool = False,
     ) -> Batch:
         return cls(
             np.array(tokens, np.int32),
@@ -103,7 +99,6 @@ class Batch:
             np.array(sequence_ids, np.int32),
             np.array(outputs, np.int8),
             single,
-            in_blocks,
         )
 
     def part(self, start: int, stop: int) -> Batch:
@@ -115,7 +110,6 @@ class Batch:
             self.sequence_ids[here],
             self.outputs[here],
             max(0, min(self.single, stop) - start),
-            self.in_blocks,
         )
 
 

@@ -7,9 +7,6 @@ sequence starts with the cells of the longest prefix that another one of its sco
 (`PrefixCache`); one whose prefix is being computed right now waits for it.  When the KV cache has
 no room for the next tokens, cached sequences are evicted, then the youngest is preempted and later
 recomputed from its tokens: position-keyed sampling makes it go on as if nothing had happened.
-
-In exact mode (`exact_path`) blocks of prompts have steps of their own, which take turns with those
-of all else.
 """
 
 from __future__ import annotations
@@ -17,15 +14,14 @@ from __future__ import annotations
 from collections import abc
 from heapq import heappop, heappush
 
-from pinaivu_box.engine import exact_path
 from pinaivu_box.engine.batch_chunk import BatchChunk
 from pinaivu_box.engine.draft_model import DraftModel
-from pinaivu_box.engine.drafting import MAX_DRAFT_TOKENS, Drafting
+from pinaivu_box.engine.drafting import Drafting
 from pinaivu_box.engine.fairness import FairQueue, State
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache, PrefixScope
 from pinaivu_box.engine.runner import KVCells
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.step_cost import MIN_PROMPT_TOKENS, StepCostModel
+from pinaivu_box.engine.step_cost import StepCostModel
 
 _MAX_STEADY_STEPS = 64
 MIN_AWAITED_TOKENS = 32  # of a prefix that another sequence is computing
@@ -39,8 +35,7 @@ class Scheduler:
     It copies and frees `cells` of the KV cache as sequences start and end.  The cache has `ids`
     sequence ids: those beyond `max_sequences` can keep finished sequences.  Without `sharing`, as
     for recurrent models, no cells are ever shared, kept or cut.  With a `draft_model`, that is told
-    what happens to cells, and tells the model.  With `exact`, each token is computed in one way
-    whatever else there is (`exact_path`).
+    what happens to cells, and tells the model.
     """
 
     def __init__(
@@ -54,7 +49,6 @@ class Scheduler:
         ids: int = 0,
         sharing: bool = True,
         draft_model: DraftModel | None = None,
-        exact: bool = False,
     ) -> None:
         self.kv_tokens = kv_tokens
         self.max_sequences = max_sequences
@@ -66,10 +60,7 @@ class Scheduler:
         self.preemptions = 0
         self._cells: KVCells = cells if draft_model is None else draft_model
         self._step_cost = step_cost
-        longest_draft = exact_path.MAX_DRAFT_TOKENS if exact else MAX_DRAFT_TOKENS
-        self.drafting = Drafting(step_cost, draft_model, longest_draft)
-        self._exact = exact
-        self._computed_in_blocks = 0  # tokens of the last step, if that was one of blocks
+        self.drafting = Drafting(step_cost, draft_model)
         self._sharing = sharing
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
         # A heap: with streams, ids without gaps between them are computed together.
@@ -90,7 +81,6 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        sequence.exact = self._exact
         self.waiting.push(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
@@ -136,31 +126,10 @@ class Scheduler:
         it counts as computed before `commit`.  It is empty if all that runs waits for images."""
         self._yield_to_fair_share()
         self._make_room(len(self.running))
-        if not self._exact:
-            return self._plan_step(drafting=drafting, spent=spent)
-        before, self._computed_in_blocks = self._computed_in_blocks, 0
-        for in_blocks in (False, True) if before else (True, False):
-            chunks = (
-                self._plan_blocks(spent)
-                if in_blocks
-                else self._plan_step(drafting=drafting, spent=spent + before, spare=before)
-            )
-            if chunks:
-                self._computed_in_blocks = sum(c.count for c in chunks if c.in_blocks)
-                return chunks
-        if any(s.text_pending for s in self.running) and not spent and self.reclaim():
-            return self.plan(drafting=drafting)  # there was no room for a whole block
-        return []
-
-    def _plan_step(self, *, drafting: bool, spent: int = 0, spare: int = 0) -> list[BatchChunk]:
-        """Next tokens and parts of prompts, in exact mode those that are computed in rows.  After a
-        step of blocks, of so many tokens, a few are computed all the same."""
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
         budget = self._step_cost.prompt_budget(planned, self.token_budget - planned) - spent
-        if spare:
-            budget = max(budget, min(MIN_PROMPT_TOKENS, self.token_budget - planned))
         for sequence in self._prompts():
             count = self._add_chunk(chunks, sequence, planned, budget)
             planned, budget = planned + count, budget - count
@@ -170,21 +139,6 @@ class Scheduler:
             planned, budget = planned + count, budget - count
         if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
-        return chunks
-
-    def _plan_blocks(self, spent: int) -> list[BatchChunk]:
-        """Whole blocks of prompts; one at least, if there are any and nothing was `spent`."""
-        chunks: list[BatchChunk] = []
-        budget = self._step_cost.prompt_budget(self.streams, self.token_budget)
-        if not spent:
-            budget = max(budget, exact_path.BLOCK)
-        budget -= spent
-        for sequence in self._startable(budget):
-            self._start(sequence)
-        planned = self.streams  # whose next tokens find room as well
-        for sequence in self._prompts():
-            count = self._add_chunk(chunks, sequence, planned, budget, in_blocks=True)
-            planned, budget = planned + count, budget - count
         return chunks
 
     def plan_image(self) -> BatchChunk | None:
@@ -198,9 +152,9 @@ class Scheduler:
             count = span.end - sequence.computed
             if piece.causal:
                 budget = self._step_cost.prompt_budget(self.streams, self.token_budget)
-                count = exact_path.image_part(count, budget) if self._exact else min(count, budget)
+                count = min(count, budget)
             room = self._fit(self.streams, count)
-            if room and (room == count or (piece.causal and not self._exact)):
+            if room and (room == count or piece.causal):
                 return BatchChunk(sequence, sequence.computed, room)
         return None
 
@@ -260,7 +214,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that its tokens from `start` to before `end` are in the KV cache."""
-        self.prefixes.extend(sequence.sequence_id, sequence.cells(start, end))
+        self.prefixes.extend(sequence.sequence_id, sequence.tokens[start:end])
         sequence.computed = end
         prompt = max(0, min(end, sequence.prompt_length) - start)
         self.waiting.charge(sequence.tenant, prompt, end - start - prompt)
@@ -308,21 +262,12 @@ class Scheduler:
         sequence: Sequence,
         planned: int,
         budget: int,
-        *,
-        in_blocks: bool = False,
     ) -> int:
-        tokens = sequence.text_pending
-        if self._exact:
-            tokens = exact_path.next_tokens(sequence, in_blocks=in_blocks)
         if sequence.unscored:
             budget = min(budget, MAX_SCORED_POSITIONS - sum(len(chunk.scored) for chunk in chunks))
-        if in_blocks:
-            budget = exact_path.whole_blocks(budget)
-        count = self._fit(planned, min(tokens, budget))
-        if in_blocks:
-            count = exact_path.whole_blocks(count)
+        count = self._fit(planned, min(sequence.text_pending, budget))
         if count:
-            chunks.append(BatchChunk(sequence, sequence.computed, count, in_blocks=in_blocks))
+            chunks.append(BatchChunk(sequence, sequence.computed, count))
         return count
 
     def _with_drafts(self, chunks: list[BatchChunk]) -> list[BatchChunk]:
@@ -366,12 +311,11 @@ class Scheduler:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
-            cells = sequence.cells()
-            have, _ = self.prefixes.match(cells, sequence.share)
+            have, _ = self.prefixes.match(sequence.tokens, sequence.share)
             best, source = have + MIN_AWAITED_TOKENS, None
             for other in (*self.running, *starting):
                 if other.pending > 1:
-                    common = sequence.share.in_common(other.share, cells, other.cells())
+                    common = sequence.share.in_common(other.share, sequence.tokens, other.tokens)
                     if common > max(best, other.computed):
                         best, source = common, other
             if source is None:
@@ -388,10 +332,8 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> tuple[int, int]:
         if not self._sharing or not sequence.max_shared_tokens:
             return 0, -1
-        length, source = self.prefixes.match(sequence.cells(), sequence.share)
+        length, source = self.prefixes.match(sequence.tokens, sequence.share)
         length = sequence.whole_pieces(min(length, sequence.max_shared_tokens))
-        if self._exact:
-            length = exact_path.cut(length, sequence)
         return length, source if length else -1
 
     def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:

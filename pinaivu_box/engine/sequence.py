@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pinaivu_box.engine import exact_path
 from pinaivu_box.engine.fairness import QueuedRequest
 from pinaivu_box.engine.images import ImageSpan
 from pinaivu_box.engine.messages import Sampling
@@ -30,7 +29,7 @@ class Sequence(QueuedRequest):
     `shifted` is how many tokens a context shift has taken out of the middle: positions in the text,
     which key the randomness and end at `max_length`, go on counting them.  Before `min_length` no
     end token is drawn.  `images` are where images are in the prompt; a sequence with any is never
-    shifted.  If it is `exact`, it is computed as `exact_path` says.
+    shifted.
     """
 
     tokens: list[int]
@@ -55,8 +54,6 @@ class Sequence(QueuedRequest):
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
     shifted: int = 0
-    left_by_shift: int | None = None  # tokens that the last context shift has left
-    exact: bool = False
     reported: bool = False  # whether its first token here was
 
     @property
@@ -79,18 +76,6 @@ class Sequence(QueuedRequest):
         """As `pending`, up to the next image."""
         span = self.next_image if self.images else None
         return self.pending if span is None else max(0, span.start - self.computed)
-
-    @property
-    def given(self) -> int:
-        """How many of its tokens were given at once: its prompt, or what a shift has left."""
-        return self.prompt_length if self.left_by_shift is None else self.left_by_shift
-
-    def cells(self, start: int = 0, end: int | None = None) -> list[int]:
-        """Its tokens from `start` to before `end`, as the prefix cache knows their cells."""
-        tokens = self.tokens[start:end]
-        if not self.exact:
-            return tokens
-        return exact_path.names(tokens, start, self.given, self.images)
 
     def position(self, index: int) -> int:
         """The position in the KV cache of the token with that index, which is in no image after the
@@ -125,7 +110,6 @@ class Sequence(QueuedRequest):
         del self.tokens[beginning : beginning + dropped]
         self.prompt_length = max(beginning, self.prompt_length - dropped)
         self.shifted += dropped
-        self.left_by_shift = len(self.tokens)  # all of them are computed anew
         if self.share.public > beginning:
             self.share = PrefixScope(self.share.scope)  # it no longer begins with that text
         self.drafter = None  # it knows positions that are gone

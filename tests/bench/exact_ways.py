@@ -17,7 +17,7 @@ from tests.bench.exact_products import table
 
 Row = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
 Logits = npt.NDArray[np.float32]
-BLOCK, ANSWER, BATCH = 64, 12, 1024
+ANSWER, BATCH = 12, 1024
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -62,17 +62,20 @@ class Context:
         llama.llama_set_n_threads(self._context, count, count)
 
     def prompt(
-        self, tokens: Sequence[int], sequence: int = 0, blocks: int = 8, rest: int = 63
+        self,
+        tokens: Sequence[int],
+        sequence: int = 0,
+        part: int = 512,
+        beside: Callable[[int], list[Row]] = lambda number: [],
     ) -> Logits:
-        """Whole blocks in batches of so many, then the rest in batches of so many rows; returns the
-        last token's logits."""
-        whole = (len(tokens) - 1) // BLOCK * BLOCK
-        cuts = [*range(0, whole, blocks * BLOCK), *range(whole, len(tokens), rest), len(tokens)]
+        """In batches of so many tokens, the n-th of them before the rows `beside(n)`, which give no
+        logits; returns the last token's."""
         made = np.empty(0, np.float32)
-        for start, end in pairwise(cuts):
+        cuts = [*range(0, len(tokens), part), len(tokens)]
+        for number, (start, end) in enumerate(pairwise(cuts)):
             last = end == len(tokens)
             rows = [(tokens[n], n, sequence, last and n == end - 1) for n in range(start, end)]
-            made = self.decode(rows)
+            made = self.decode([*rows, *beside(number)])
         last_row: Logits = made[0]
         return last_row
 
@@ -111,9 +114,9 @@ def _differences(model: Any, count: int, cache: int) -> dict[str, str]:
     def context(sequences: int = 1, **more: int) -> Context:
         return Context(model, cache, n_seq_max=sequences, n_ctx=room * sequences, **more)
 
-    def alone(blocks: int = 8, rest: int = 63, **more: int) -> list[Logits]:
+    def alone(part: int = 512, **more: int) -> list[Logits]:
         made = context(**more)
-        found = [made.prompt(prompt, 0, blocks, rest)]
+        found = [made.prompt(prompt, part=part)]
         found += [made.decode([(answer[n], count + n, 0, True)])[0] for n in range(ANSWER)]
         made.close()
         return found
@@ -126,10 +129,21 @@ def _differences(model: Any, count: int, cache: int) -> dict[str, str]:
         return found
 
     def beside(unified: bool) -> list[Logits]:
+        """Its prompt is computed with the next tokens of two others and a third one's prompt."""
         made = context(4, kv_unified=unified)
-        for other in (1, 2, 3):
+        for other in (1, 2):
             made.prompt(_tokens(10 + other, 100 * other + 33), other)
-        found = [made.prompt(prompt)]
+        third = _tokens(13, 333)
+
+        def rows(number: int) -> list[Row]:
+            steps = [(7, 100 * other + 33 + number, other, False) for other in (1, 2)]
+            at = range(111 * number, min(111 * number + 111, 333))
+            return [*steps, *((third[n], n, 3, False) for n in at)]
+
+        parts = max(3, -(-count // 200))
+        found = [made.prompt(prompt, part=-(-count // parts), beside=rows)]
+        for other in (1, 2):
+            made.remove(other, 100 * other + 33)
         for n in range(ANSWER):
             others = [(5, 100 * other + 33 + n, other, True) for other in (1, 2, 3)]
             found.append(made.decode([*others[:2], (answer[n], count + n, 0, True), others[2]])[2])
@@ -141,15 +155,16 @@ def _differences(model: Any, count: int, cache: int) -> dict[str, str]:
         made = context(4, kv_unified=True, threads=1)
         for other in (1, 2, 3):
             made.prompt(_tokens(10 + other, 100 * other + 33), other)
-        whole = (count - 1) // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
-            made.decode([(prompt[n], n, 0, False) for n in range(start, start + BLOCK)])
-            if start == BLOCK:
+
+        def leave(number: int) -> list[Row]:
+            if number == 1:
                 made.remove(2)
-            if start == 2 * BLOCK:
+            if number == 2:
                 made.remove(1, 40, 60)
                 made.remove(3)
-        found = [made.decode([(prompt[n], n, 0, n == count - 1) for n in range(whole, count)])[0]]
+            return []
+
+        found = [made.prompt(prompt, part=70, beside=leave)]
         made.remove(1)
         for n in range(ANSWER):
             if n == ANSWER // 2:
@@ -161,8 +176,10 @@ def _differences(model: Any, count: int, cache: int) -> dict[str, str]:
     ways: dict[str, Callable[[], list[Logits]]] = {
         "alone": alone,
         "one thread": lambda: alone(threads=1),
-        "block by block": lambda: alone(1, 7),
-        "three blocks, single rows": lambda: alone(3, 1),
+        "parts of 64": lambda: alone(64),
+        "parts of 37": lambda: alone(37),
+        "parts of 2": lambda: alone(2),
+        "single rows": lambda: alone(1),
         "the answer in one batch": together,
         "in streams beside three": lambda: beside(False),
         "in a pool beside three": lambda: beside(True),

@@ -1,7 +1,8 @@
 """The same bits of llama.cpp, alone and beside others, whatever became of the request meanwhile.
 
-The prompt is longer than 256 cells, so that a row that is alone would be computed in a way of its
-own (see `llama_exact`), and has four whole blocks and a rest.
+As ggml's makers have published it, attention takes another way for a row that is alone, from 512
+cells on (of which llama.cpp counts 256 more than there are), and for 64 rows.  The prompt is longer
+than 256 cells, so that this would be seen.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.engine import exact_path
+from pinaivu_box.engine import exactness
 from pinaivu_box.engine.llama_devices import cpu_library, load_backends
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, SavedPrefixes
 from pinaivu_box.engine.prefix_store import PrefixStore
+from pinaivu_box.errors import BoxError
 from tests.support.engine_harness import Engine, Fixed, Heard, add, finish, run, sampling
 from tests.support.llama32 import REAL
 from tests.support.random_weights import quantised
@@ -26,8 +28,8 @@ from tests.support.real_runner import real_runner
 PROMPT = [100 + 7919 * n % 3900 for n in range(270)]
 COUNT = 8
 STREAMS, POOL = 16 * 512, 1536  # cells: for each of 16 sequences, and for all together
-SIZES: dict[str, Any] = {"context": 512, "max_sequences": 16, "exact": True}
-Q4_K_M = 15  # LLAMA_FTYPE_MOSTLY_...
+SIZES: dict[str, Any] = {"context": 512, "max_sequences": 16, "exact": "auto"}
+Q4_K_M, F16 = 15, 1  # LLAMA_FTYPE_...
 
 
 def one(name: str = "r", prompt: list[int] = PROMPT, **more: Any) -> Add:
@@ -60,10 +62,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module", params=[STREAMS, POOL])
 def llama(request: pytest.FixtureRequest, model: Path | None) -> Iterator[LlamaRunner]:
     runner = real_runner(model, **SIZES, kv_tokens=request.param)
-    if (request.param == POOL or model) and not cpu_library().fixed_split:
+    if cpu_library().fixed_split < exactness.ROWS_ALIKE:
         assert not runner.facts.exact
         runner.close()
-        pytest.skip("this llama.cpp is not exact in a pool or for K-quants, and it is not promised")
+        pytest.skip("this llama.cpp is not the one that build/ makes: nothing is promised of it")
     assert runner.facts.exact
     yield runner
     runner.close()
@@ -121,7 +123,7 @@ def test_preempted_and_with_what_others_have_left(llama: LlamaRunner, expected: 
     finish(made, heard)
     assert said(heard) == expected
     longer = run(made, [one("longer", [*PROMPT, *heard.tokens["r"], *range(90, 160)])])
-    assert longer.cached["longer"] == [len(PROMPT) - len(PROMPT) % exact_path.BLOCK]
+    assert longer.cached["longer"] == [len(PROMPT) + COUNT - 1]  # the last was not computed
     warm = run(made, [one("warm")])
     assert warm.cached["warm"] == [len(PROMPT) - 1]
     assert said(warm, "warm") == expected
@@ -156,8 +158,23 @@ def test_after_a_restart_and_with_more_threads(
         another.close()
 
 
-def test_it_would_be_seen_if_a_token_took_another_way(
-    llama: LlamaRunner, expected: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exact_path, "in_block", lambda *_: False)
-    assert said(run(engine(llama), [one(max_tokens=COUNT)])) != expected
+def test_it_would_be_seen_if_a_row_took_another_way(model: Path | None, tmp_path: Path) -> None:
+    """A single row of F16 weights has a kernel of its own: nothing is promised there."""
+    if model is None:
+        pytest.skip("the other model is made anew with such weights")
+    plain = REAL["1b"].narrow().weights()
+    file = tmp_path / "q8_0.gguf"
+    file.write_bytes(plain)
+    other = real_runner(quantised(file, tmp_path / "f16.gguf", F16), **SIZES, kv_tokens=STREAMS)
+    try:
+        assert not other.facts.exact
+        alone = said(run(engine(other), [one(max_tokens=COUNT)]))
+        requests = [one(), *(one(f"o{n}", PROMPT[n:]) for n in range(1, 4))]
+        assert said(run(engine(other), requests)) != alone
+    finally:
+        other.close()
+
+
+def test_a_model_for_which_it_does_not_hold_is_not_loaded_if_it_has_to(tmp_path: Path) -> None:
+    with pytest.raises(BoxError, match=r"exact = true cannot be kept: .*cache of type q4_0"):
+        real_runner(None, **{**SIZES, "exact": True}, kv_tokens=STREAMS, kv_type="q4_0")

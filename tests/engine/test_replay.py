@@ -11,7 +11,7 @@ import pytest
 from pinaivu_box.engine.fake_runner import END
 from pinaivu_box.engine.messages import Add, Cancel, Constraint, ReplayedToken
 from tests.support.engine_harness import Heard, add, finish, run, sampling
-from tests.support.path_runner import LONG, made, others
+from tests.support.exact_runner import LONG, made, others
 
 Change = dict[str, Any]
 
