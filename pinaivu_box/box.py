@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from msgspec import Struct
 
-from pinaivu_box import __version__, logs, settings
+from pinaivu_box import __version__, box_metrics, logs, settings
 from pinaivu_box import config as configs
 from pinaivu_box.audits.finding import Replay
 from pinaivu_box.audits.local_replay import LocalReplay
@@ -501,7 +501,7 @@ def _join(
     admission.remote = boxes.candidates
     placement.waiting = requests.in_flight
     requests.places = admission.places = placement.places
-    return Box(
+    box = Box(
         settings=live,
         first_config=current.config,
         read_config=read_config,
@@ -528,3 +528,21 @@ def _join(
         boxes=boxes,
         control_token=secrets.token_hex(32),
     )
+    box_metrics.register(metrics.registry, database, _state_of(box))
+    return box
+
+
+def _state_of(box: Box) -> box_metrics.BoxState:
+    def peers() -> list[str]:
+        return [] if box.network is None else [peer.state for peer in box.network.peers()]
+
+    def left_alone() -> dict[str, int]:
+        names = set(box.boxes.breaker.open())
+        upstreams = {upstream.id for upstream in box.upstreams.all}
+        return {"peer": len(names - upstreams), "upstream": len(names & upstreams)}
+
+    def expires() -> float | None:
+        certificate = box.settings.current.certificate
+        return None if certificate is None else certificate.expires
+
+    return box_metrics.BoxState(lambda: box.requests.count, peers, left_alone, expires)

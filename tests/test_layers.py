@@ -73,6 +73,7 @@ ROOMS = (
     "audits",
     "admin",
     "incidents",
+    "box_metrics",
     "box",
     "model_admin",
     "backup",
