@@ -17,8 +17,8 @@ from pinaivu_box.gateway.records import RequestRecord
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 disable_created_metrics()  # a series more for each, which nobody asks for
-# Those of OpenTelemetry's conventions for generative AI, and below them three for small models on fast
-# devices.
+# Those of OpenTelemetry's conventions for generative AI, and three below them for small models on
+# fast devices.
 _GAP_SECONDS = (
     0.001,
     0.0025,
@@ -112,11 +112,13 @@ class Metrics:
         self._tokens.labels(model, "prompt").inc(record.prompt_tokens)
         self._tokens.labels(model, "completion").inc(record.completion_tokens)
         self._cached.labels(model).inc(record.cached_tokens)
-        self._duration.labels(model).observe(record.elapsed_ms() / 1000)
+        trace = record.job.request_trace
+        exemplar = {"trace_id": trace.trace_id} if trace is not None else None
+        self._duration.labels(model).observe(record.elapsed_ms() / 1000, exemplar)
         if record.queue_ms is not None:
             self._queue.labels(model).observe(record.queue_ms / 1000)
         if record.ttft_ms is not None:
-            self._ttft.labels(model).observe(record.ttft_ms / 1000)
+            self._ttft.labels(model).observe(record.ttft_ms / 1000, exemplar)
             self._prompt.labels(model).observe(record.prompt_tokens)
             self._completion.labels(model).observe(record.completion_tokens)
         speeds = (leg.tokens_per_s for leg in record.served)
