@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from pinaivu_box.tracing.exporter import Exporter
 from pinaivu_box.tracing.span import Kind, Span
 from pinaivu_box.tracing_config import TracingConfig, check
 from pinaivu_box.tracing_headers import headers_in, read_headers
+from tests.support.held_upstream import HeldUpstream
 from tests.support.in_process_command import run_command
 from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.span_collector import Collector
@@ -200,52 +198,9 @@ def test_tracing_that_a_reload_turns_off_begins_no_span() -> None:
 # -- a box -----------------------------------------------------------------------------------------
 
 
-class UpstreamServer:
-    """An upstream that notes the headers of each request, and fails if it is told to."""
-
-    def __init__(self) -> None:
-        self.traceparents: list[str | None] = []
-        self.fails = False
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer(200, {"object": "list", "data": [{"id": "far", "object": "model"}]})
-
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                server.traceparents.append(self.headers.get("traceparent"))
-                choice = {"index": 0, "delta": {"content": "well"}, "finish_reason": "stop"}
-                chunk = {"object": "chat.completion.chunk", "choices": [choice], "model": "far"}
-                if server.fails:
-                    self.answer(500, {"error": {"message": "broken"}})
-                else:
-                    data = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
-                    self.answer(200, data, "text/event-stream")
-
-            def answer(self, status: int, body: Any, kind: str = "application/json") -> None:
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.port = self._server.server_port
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[UpstreamServer]:
-    made = UpstreamServer()
+def upstream() -> Iterator[HeldUpstream]:
+    made = HeldUpstream()
     yield made
     made.close()
 
@@ -260,7 +215,7 @@ def spans() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def box(
     module_box: StartBox,
-    upstream: UpstreamServer,
+    upstream: HeldUpstream,
     spans: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Box:
@@ -271,7 +226,7 @@ def box(
         "--model",
         "fake:1=fake:1",
         config=f'[tracing]\nendpoint = "{spans.url}"\nheaders_file = "{headers}"\n'
-        f'[[upstream]]\nname = "gpu"\nurl = "http://127.0.0.1:{upstream.port}/v1"\n',
+        + upstream.config,
     )
 
 
@@ -318,9 +273,7 @@ def test_a_request_is_a_span_with_what_it_spent_its_time_on(box: Box, spans: Col
     assert spans.requests[0]["Authorization"] == "Bearer letmein"
 
 
-def test_an_upstream_is_told_the_trace(
-    box: Box, spans: Collector, upstream: UpstreamServer
-) -> None:
+def test_an_upstream_is_told_the_trace(box: Box, spans: Collector, upstream: HeldUpstream) -> None:
     ask(box, "far")
     request, leg = sorted(spans.named("chat far", 2), key=lambda each: each.kind == "client")
     assert leg.kind == "client" and leg.parent == request.span
@@ -331,7 +284,7 @@ def test_an_upstream_is_told_the_trace(
 
 
 def test_what_fails_has_the_code_of_its_error(
-    box: Box, spans: Collector, upstream: UpstreamServer
+    box: Box, spans: Collector, upstream: HeldUpstream
 ) -> None:
     before = len(spans.named("chat far", 2))
     upstream.fails = True

@@ -16,7 +16,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.records import RequestRecord
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-disable_created_metrics()  # a series more for each, which nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody asks for
 # Those of OpenTelemetry's conventions for generative AI, and three below them for small models on
 # fast devices.
 _GAP_SECONDS = (
