@@ -12,7 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
-from hyperframe.frame import ContinuationFrame, HeadersFrame, PriorityFrame
+from h2.connection import H2Connection
+from hyperframe.frame import (
+    ContinuationFrame,
+    DataFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    PriorityFrame,
+    RstStreamFrame,
+    WindowUpdateFrame,
+)
 
 from pinaivu_box.server import http2
 from pinaivu_box.tls.pinned import pinned_context
@@ -178,6 +188,45 @@ async def test_headers_without_end_close_their_connection_only() -> None:
                 await client.send_raw(PriorityFrame(stream, 0, 16).serialize())
             assert await client.answer(await client.request()) == b"end"
         assert await other.answer(await other.request()) == b"end"
+
+
+def request_and_more(*frames: Frame) -> bytes:
+    """A request without the end of its body, and what arrives with it."""
+    client = H2Connection()
+    client.initiate_connection()
+    client.send_headers(1, headers("POST", "/hold"))
+    client.send_data(1, b"x" * 100)
+    return client.data_to_send() + b"".join(frame.serialize() for frame in frames)
+
+
+@pytest.mark.anyio
+async def test_nonsense_ends_its_connection_and_is_not_worth_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = Steered()
+    app.go_on.set()
+    async with served(app) as port:
+        for data in (
+            request_and_more(GoAwayFrame(0)),
+            request_and_more(DataFrame(1, b"y"), GoAwayFrame(0), DataFrame(1, b"z")),
+            request_and_more(DataFrame(99, b"y")),
+            request_and_more(RstStreamFrame(99)),
+            request_and_more(WindowUpdateFrame(0, 2**31 - 1)),
+            request_and_more(WindowUpdateFrame(1, 2**31 - 1), DataFrame(1, b"z")),
+            request_and_more(DataFrame(1, b"z", flags=["END_STREAM"]), DataFrame(1, b"z")),
+            request_and_more(HeadersFrame(3, b"\xff\xff\xff", flags=["END_HEADERS"])),
+            request_and_more() + bytes(range(256)),
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"nonsense" * 100,
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(data)
+            writer.write_eof()
+            await soon(reader.read())
+            writer.close()
+        async with http2_client(port) as client:
+            assert await client.answer(await client.request()) == b"end"
+        await wait_for(lambda: app.running == 0)
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 @pytest.mark.anyio

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.held_upstream import MODEL, HeldUpstream
 from tests.support.process_box import Box, StartBox
 
+yaml: Any = pytest.importorskip("yaml")
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDER = DOCS / "monitoring"
 GUIDE = (DOCS / "monitoring.md").read_text()

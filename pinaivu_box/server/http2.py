@@ -137,7 +137,11 @@ class Http2(hypercorn_h2.H2Protocol):
             for start in range(0, len(event.data), _SLICE_BYTES):
                 if start:
                     await asyncio.sleep(0)
-                await super().handle(RawData(event.data[start : start + _SLICE_BYTES]))
+                try:
+                    await super().handle(RawData(event.data[start : start + _SLICE_BYTES]))
+                except ProtocolError:  # it came with what has ended the connection
+                    await self.send(Closed())
+                    return
         elif isinstance(event, Closed):
             await super().handle(event)
             for buffer in list(self.stream_buffers.values()):
@@ -154,7 +158,8 @@ class Http2(hypercorn_h2.H2Protocol):
             await self._flush()
 
     async def stream_send(self, event: StreamEvent) -> None:
-        await super().stream_send(event)
+        if not (self.closed and isinstance(event, StreamClosed)):  # it would begin to idle
+            await super().stream_send(event)
         if isinstance(event, StreamClosed):
             # What still comes of its body is passed over.  Resetting the stream would stop it, but
             # there are clients that then never read the answer.
@@ -190,11 +195,8 @@ class Http2(hypercorn_h2.H2Protocol):
             await self.send(Updated(idle=True))
 
     async def _take_data(self, event: h2.events.DataReceived) -> None:
-        size, data, stream_id = (
-            event.flow_controlled_length or 0,
-            event.data or b"",
-            event.stream_id,
-        )
+        size, data = event.flow_controlled_length or 0, event.data or b""
+        stream_id = event.stream_id
         body = self._bodies.get(stream_id)
         if not size:
             return
