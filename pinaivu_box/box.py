@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from msgspec import Struct
 
-from pinaivu_box import __version__, logs, settings
+from pinaivu_box import __version__, box_metrics, logs, settings
 from pinaivu_box import config as configs
 from pinaivu_box.audits.finding import Replay
 from pinaivu_box.audits.local_replay import LocalReplay
@@ -33,6 +33,7 @@ from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.request import RunningRequests
+from pinaivu_box.gateway.request_spans import RequestSpans
 from pinaivu_box.gateway.saved_prefixes import SavedPrefixFolder
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
@@ -66,6 +67,7 @@ from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.tls import certificate as certificates
+from pinaivu_box.tracing.tracer import Tracer
 from pinaivu_box.upstream.metrics import UpstreamMetrics
 from pinaivu_box.upstream.upstreams import Upstreams
 from pinaivu_box.witness.alarms import ForkMetrics
@@ -141,6 +143,7 @@ class Box:
     ledger: Ledger
     upstreams: Upstreams
     boxes: Boxes
+    tracer: Tracer
     control_token: str
     replay: Replay  # computes again what peers served
     session_keys: SessionKeys = field(default_factory=SessionKeys)
@@ -343,6 +346,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
                 await box.digests.close()
                 await box.refusals.flush()
                 await box.receipt_log.cover()
+                await box.tracer.close()
                 await box.incidents.close()
 
 
@@ -500,8 +504,10 @@ def _join(
     admission = Admission(live, boxes, database, requests.in_flight)
     admission.remote = boxes.candidates
     placement.waiting = requests.in_flight
+    tracer = Tracer(live, identity.node_id, metrics.registry)
+    requests.ended = RequestSpans(identity.node_id, live.address_of_upstream, tracer.add).ended
     requests.places = admission.places = placement.places
-    return Box(
+    box = Box(
         settings=live,
         first_config=current.config,
         read_config=read_config,
@@ -526,5 +532,24 @@ def _join(
         ledger=Ledger(identity, database),
         upstreams=upstreams,
         boxes=boxes,
+        tracer=tracer,
         control_token=secrets.token_hex(32),
     )
+    box_metrics.register(metrics.registry, database, _state_of(box))
+    return box
+
+
+def _state_of(box: Box) -> box_metrics.BoxState:
+    def peers() -> list[str]:
+        return [] if box.network is None else [peer.state for peer in box.network.peers()]
+
+    def left_alone() -> dict[str, int]:
+        names = set(box.boxes.breaker.open())
+        upstreams = {upstream.id for upstream in box.upstreams.all}
+        return {"peer": len(names - upstreams), "upstream": len(names & upstreams)}
+
+    def expires() -> float | None:
+        certificate = box.settings.current.certificate
+        return None if certificate is None else certificate.expires
+
+    return box_metrics.BoxState(lambda: box.requests.count, peers, left_alone, expires)

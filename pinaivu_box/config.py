@@ -18,7 +18,7 @@ import msgspec
 import platformdirs
 from msgspec import Meta
 
-from pinaivu_box import amount, login_config, server_config
+from pinaivu_box import amount, login_config, server_config, tracing_config
 from pinaivu_box.amount import Prices
 from pinaivu_box.config_section import Port, PositiveInt, Section
 from pinaivu_box.engine.messages import Exact, KvType, SamplingDefaults, Split
@@ -26,6 +26,7 @@ from pinaivu_box.errors import CliError, ConfigurationInvalid
 from pinaivu_box.login_config import LoginConfig
 from pinaivu_box.server_config import ServerConfig
 from pinaivu_box.text import NO_CONTROLS, whole
+from pinaivu_box.tracing_config import TracingConfig
 
 Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32 bits
 Weight = Annotated[float, Meta(ge=0)]
@@ -243,6 +244,7 @@ class Config(Section, frozen=True):
     registry: RegistryConfig = RegistryConfig()
     explorer: ExplorerConfig = ExplorerConfig()
     log: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()
     aliases: dict[str, str] = {}
     model: list[ModelConfig] = []
     upstream: list[UpstreamConfig] = []
@@ -400,6 +402,7 @@ def _check(config: Config) -> None:
     parse_duration(config.engine.max_keep_alive)
     server_config.check(config.server)
     login_config.check(config.login)
+    tracing_config.check(config.tracing)
     for entry in config.engine.shared_prefixes:
         if bool(entry.text.strip()) == bool(entry.file):
             raise ValueError(

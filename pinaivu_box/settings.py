@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.errors import CliError, quoted
@@ -20,6 +21,7 @@ from pinaivu_box.models.regular_files import open_regular
 from pinaivu_box.secret import Secret, read_secret
 from pinaivu_box.tls import certificate as certificates
 from pinaivu_box.tls.certificate import ServerCertificate
+from pinaivu_box.tracing_headers import read_headers
 
 MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context holds
 
@@ -27,8 +29,8 @@ MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context hold
 @dataclass(frozen=True)
 class Settings:
     """The configuration, the models that are served, the texts of `[engine] shared_prefixes`, the
-    keys of upstreams by their names, the server's certificate, and the secret of the client of
-    `[login.oidc]`.
+    keys of upstreams by their names, the server's certificate, the secret of the client of
+    `[login.oidc]`, and the headers of `[tracing]`.
 
     The catalog also changes when files come into the models folder or go.
     """
@@ -39,6 +41,7 @@ class Settings:
     upstream_keys: Mapping[str, Secret] = field(default_factory=dict)
     certificate: ServerCertificate | None = None  # None: plain HTTP
     oidc_secret: Secret | None = None
+    tracing_headers: Secret | None = None
 
 
 class LiveSettings:
@@ -55,6 +58,14 @@ class LiveSettings:
     def catalog(self) -> Catalog:
         return self.current.catalog
 
+    def address_of_upstream(self, name: str) -> tuple[str, int] | None:
+        """Its host and port."""
+        for upstream in self.config.upstream:
+            if upstream.name == name:
+                parts = urlsplit(upstream.url)
+                return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        return None
+
 
 def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
     """Read what the configuration names; model files may take long, so do it in a thread.
@@ -63,10 +74,11 @@ def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
     """
     keys = read_upstream_keys(config)
     oidc_secret = read_oidc_secret(config)
+    tracing_headers = read_headers(config.tracing)
     certificate = certificates.of(config.server, home)
     catalog = catalogs.load(config, home, headers)
     prefixes = read_shared_prefixes(config.engine)
-    return Settings(config, catalog, prefixes, keys, certificate, oidc_secret)
+    return Settings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
 
 
 def read_oidc_secret(config: Config) -> Secret | None:

@@ -463,7 +463,7 @@ def test_requests_at_the_same_time_share_steps(fake_box: Box) -> None:
 
     def steps() -> float:
         for line in fake_box.http("GET", "/metrics").text.splitlines():
-            if line.startswith(f'pinaivu_engine_steps{{model="{SLOW}"}}'):
+            if line.startswith(f'pinaivu_engine_steps_total{{model="{SLOW}"}}'):
                 return float(line.split()[-1])
         return 0.0
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import h2.connection
 import h2.events
 import httpx
 import pytest
-from hypercorn.asyncio import serve as hypercorn_serve
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.server import serve
 from pinaivu_box.server.chunks import ChunkWriter, chunk_writer
+from tests.support.asgi_server import served
 from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
 from tests.support.waiting import soon
 from tests.support.waiting import wait_until as wait_for
@@ -60,25 +57,8 @@ async def test_what_is_offered_comes_in_order_with_what_is_not() -> None:
 
 # -- the connection --------------------------------------------------------------------------------
 
-App = Callable[[Any, Any, Any], Awaitable[None]]
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"end", "more_body": False}
-
-
-@asynccontextmanager
-async def served(app: App) -> AsyncIterator[int]:
-    """Served as a box is, in this event loop; its port."""
-    listener = serve.bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    config = serve._Config()
-    config.bind, config.errorlog = [f"fd://{listener.detach()}"], None
-    over = asyncio.Event()
-    running = asyncio.create_task(hypercorn_serve(app, config, shutdown_trigger=over.wait))
-    try:
-        yield port
-    finally:
-        over.set()
-        await soon(running)
 
 
 async def connect(port: int, buffer: int = 0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

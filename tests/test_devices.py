@@ -322,7 +322,7 @@ def test_a_box_tells_its_devices_and_what_engines_take_there(tmp_path: Path) -> 
         }
         assert metrics["pinaivu_device_memory_bytes", "CUDA0", "used"] == total
         assert metrics["pinaivu_device_memory_bytes", "CUDA1", "total"] == 1024 * MIB
-        for name in ("utilisation_percent", "temperature_celsius", "power_watts"):
+        for name in ("utilisation_ratio", "temperature_celsius", "power_watts"):
             assert metrics[f"pinaivu_device_{name}", "CUDA1"] > 0
 
         shown = pinaivu("ps", "--devices", home=box.home).stdout

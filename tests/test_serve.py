@@ -396,7 +396,7 @@ def test_metrics_count_requests_and_tokens(new_box: NewBox) -> None:
     assert found["pinaivu_tokens_total", "prompt", "fake:1"] == prompt
     assert found["pinaivu_time_to_first_token_seconds_count", "fake:1"] == 2
     assert found["pinaivu_engine_running", "fake:1"] == 0
-    assert found["pinaivu_engine_steps", "fake:1"] >= 8
+    assert found["pinaivu_engine_steps_total", "fake:1"] >= 8
     assert found["pinaivu_errors_total", "context_length_exceeded"] == 1
 
 

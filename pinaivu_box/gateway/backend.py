@@ -20,6 +20,7 @@ from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, LegStatement, SignedProof
+from pinaivu_box.tracing.context import TraceContext
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -81,6 +82,15 @@ class Job:
     routing: RoutingPolicy | None = None
     name: str = ""  # that this box gave a peer's job
     system: str = ""  # what the model's publisher recommends where a chat has no system prompt
+    # The spans of the request and of this leg, if it is traced.
+    request_trace: TraceContext | None = None
+    trace: TraceContext | None = None
+
+    def as_leg(self) -> Job:
+        """The job with a span of its own, if it is traced."""
+        if self.request_trace is None:
+            return self
+        return replace(self, trace=self.request_trace.child())
 
     def with_usual_stop(self) -> Job:
         """The job with the model's own stop strings if the client has set none."""

@@ -118,14 +118,26 @@ def has_content(output: Output) -> bool:
     return bool(output.tokens or output.text)
 
 
+@dataclass(frozen=True)
+class FailedLeg:
+    """A leg that ended in an error before its first output; `ended` in Unix seconds, `error` is
+    its code."""
+
+    job: Job
+    node_id: str
+    ended: float
+    error: str
+
+
 @dataclass
 class ChoiceRecord:
     """One choice of a request: its job, and the legs that made it.  `lost` are the peers that were
-    lost with a leg of it."""
+    lost with a leg of it, `failures` the legs that have made nothing."""
 
     job: Job
     legs: list[LegRecord] = field(default_factory=list)
     lost: tuple[str, ...] = ()
+    failures: list[FailedLeg] = field(default_factory=list)
     thinking: bool = False  # whether its prompt ends in the model's thoughts
 
     def begin(self, leg: LegRecord) -> None:

@@ -280,6 +280,8 @@ class RunningRequests:
         self.places: Callable[[str], int] = lambda _: settings.config.engine.max_sequences
         self.activity = Activity()
         self.receipted: Callable[[RequestRecord, Key], None] = lambda _record, _key: None
+        # Told of each that has ended: its record, HTTP's status, the code of its error.
+        self.ended: Callable[[RequestRecord, int, str], None] = lambda _record, _status, _code: None
         self._meter, self._metrics = meter, metrics
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
         self._stopped: dict[str, tuple[float, ApiError]] = {}
@@ -365,6 +367,9 @@ class RunningRequests:
             before = self._service.get(model_id, ran)
             self._service[model_id] = before + (ran - before) * _NEWEST
         self._metrics.observe(record, request.status)
+        last = None if task.cancelled() or task.exception() else task.result()
+        code = last.error.code if isinstance(last, Failed) else ""
+        self.ended(record, request.status, code)
         self.activity.ended(record, request.key, request.status)
         if record.metered:
             self.receipted(record, request.key)

@@ -165,7 +165,7 @@ class Boxes:
     async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
         decision = await self.candidates.select(job, tried)
-        chosen = decision.chosen
+        chosen, job = decision.chosen, job.as_leg()
         if chosen is None:
             return _nobody(job, decision)
         for upstream in self.candidates.upstreams.all:

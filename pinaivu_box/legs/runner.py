@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
-from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
+from pinaivu_box.gateway.records import ChoiceRecord, FailedLeg, LegRecord
 from pinaivu_box.legs.boxes import Boxes, ChosenBox
 from pinaivu_box.receipts.commitment import Extras
 from pinaivu_box.tasks import TaskSet, ignore_exception
@@ -79,6 +79,7 @@ class LegRun:
         boxes = self._runner.boxes
         if boxes is None or not boxes.may_choose(job):
             # Nobody else could take over: nothing need be held back.
+            job = job.as_leg()
             leg = self._runner.local.start(job)
             attempt = self.attempt(ChosenBox(self._runner.node_id, leg, job))
             attempt.deliver_to(self._deliver)
@@ -101,7 +102,7 @@ class LegRun:
     def attempt(self, box: ChosenBox) -> LegAttempt:
         """Have that box serve the leg."""
         choice = self._choice
-        attempt = LegAttempt(box, choice.extras if choice.served else None)
+        attempt = LegAttempt(box, choice.extras if choice.served else None, choice.failures.append)
         self.attempts.append(attempt)
         if self.cancelled:
             attempt.leg.cancel()
@@ -137,8 +138,14 @@ class LegAttempt:
     `outcome` is None at its first output, and before that the error that ended it.
     """
 
-    def __init__(self, box: ChosenBox, earlier: Extras | None) -> None:
+    def __init__(
+        self,
+        box: ChosenBox,
+        earlier: Extras | None,
+        failed: Callable[[FailedLeg], None] = lambda _failure: None,
+    ) -> None:
         self.box, self.leg = box, box.leg
+        self._failed = failed
         self.outcome: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -175,6 +182,9 @@ class LegAttempt:
             outcome = error
             if isinstance(error, ApiError):
                 self.box.failed(error)
+                if not self._has_answered:
+                    box = self.box
+                    self._failed(FailedLeg(box.job, box.node_id, time.time(), error.code))
             raise
         finally:
             self.box.release(self.record)

@@ -55,6 +55,11 @@ class CircuitBreaker:
         """When the boxes that failed may be tried again."""
         return (failures.until for failures in self._failures.values())
 
+    def open(self) -> list[str]:
+        """Who is left alone now."""
+        now = self._clock()
+        return [name for name, failures in self._failures.items() if now < failures.until]
+
     def why(self, node_id: str) -> str | None:
         """Why it is left alone now, in a few words, or None."""
         failures, now = self._failures.get(node_id), self._clock()

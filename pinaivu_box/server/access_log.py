@@ -47,11 +47,11 @@ class AccessLog:
     it when it ends.
 
     An inference request is logged when its receipt is written: it sets `state["logged"]`.
-    `answered` is told whether a request would run a model, which `InferenceCall` notes, and its
-    status.
+    `answered` is told of each, with its status; `InferenceCall` notes in its state whether it would
+    run a model.
     """
 
-    def __init__(self, app: ASGIApp, answered: Callable[[bool, int], None]) -> None:
+    def __init__(self, app: ASGIApp, answered: Callable[[Scope, int], None]) -> None:
         self._app = app
         self._answered = answered
 
@@ -93,7 +93,7 @@ class AccessLog:
             state.pop("rate_limits", None)  # may be what failed
             await errors.on_failure(scope)(scope, receive, send_with_headers)
         finally:
-            self._answered("runs_model" in state, status)
+            self._answered(scope, status)
             if release := state.pop("release_body", None):  # see `bodies`
                 release()
             if not state.get("logged"):

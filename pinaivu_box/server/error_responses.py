@@ -118,6 +118,7 @@ def count(request: Request, error: ApiError) -> None:
     """Count an error in the metrics of its key and against the key's request limit, but not one
     that the operator has caused on purpose."""
     state = request.scope["state"]
+    state["error_code"] = error.code
     counted: Entry | None = state.get("counted")
     if counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
         counted.correct(0)  # who must wait, or whom the box cannot serve, has used nothing

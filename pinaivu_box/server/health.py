@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -43,5 +43,6 @@ async def metrics(request: Request) -> Response:
     box = box_of(request)
     if box.devices.listed:  # else nothing uses one yet
         await box.devices.read()
-    registry = box.metrics.registry
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    # Prometheus's text format, or OpenMetrics for who asks for it.
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return Response(encode(box.metrics.registry), headers={"Content-Type": content_type})

@@ -40,6 +40,8 @@ from pinaivu_box.server.chunks import chunk_writer
 from pinaivu_box.server.images import fetches_images, with_images
 from pinaivu_box.server.jobs import sampling_of
 from pinaivu_box.server.sse import EventStream
+from pinaivu_box.tracing.context import HEADER
+from pinaivu_box.tracing.span import Kind, Span
 
 STRICT_HEADER = "x-pinaivu-strict"
 TIMEOUT_HEADER = "x-request-timeout"
@@ -79,6 +81,9 @@ class InferenceCall:
         self.key = key_of(request)
         self.request_id: str = request.scope["state"]["request_id"]
         request.scope["state"]["runs_model"] = True  # see `AccessLog`
+        self.trace = self.box.tracer.begin(request.headers.get(HEADER))
+        request.scope["state"]["trace"] = self.trace
+        self._request_trace = self.trace.child() if self.trace is not None else None
         self.created_at = int(time.time())
         self._since = time.monotonic()
         self.ignored: list[str] = []
@@ -136,6 +141,7 @@ class InferenceCall:
             max_tokens=None,
             stop=[],
             tenant=self.key.id,
+            request_trace=self._request_trace,
             system=model.record.system if model.record is not None else "",
         )
 
@@ -206,6 +212,9 @@ class InferenceCall:
         except TimeoutError:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
+        if self.trace is not None:
+            context, now = self.trace.child(), time.time()
+            self.box.tracer.add(Span(context, "admission", Kind.INTERNAL, self.trace.began, now))
         waited = time.monotonic() - began
         self.running = self.box.requests.start(admitted, self._timeout, waited, self._since)
         self.request.scope["state"]["logged"] = True  # the request logs itself

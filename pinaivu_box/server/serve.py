@@ -23,6 +23,7 @@ from hypercorn.typing import AppWrapper
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
+from pinaivu_box.server import http2
 from pinaivu_box.server.app import create_app
 from pinaivu_box.server.chunks import EXTENSION
 from pinaivu_box.server.supervision import Supervision
@@ -42,6 +43,8 @@ class _Config(HypercornConfig):
 
     tls: ssl.SSLContext | None = None
     ssl_handshake_timeout = 20.0
+    # Hypercorn ends an HTTP/2 connection in the middle of its answers after so many requests.
+    keep_alive_max_requests = 2**31
 
     @property
     def ssl_enabled(self) -> bool:
@@ -121,6 +124,7 @@ class _Connection(tcp_server.TCPServer):
 
 
 hypercorn_run.TCPServer = _Connection  # type: ignore[assignment, attr-defined]
+http2.install()
 
 
 def bind(host: str, port: int) -> socket.socket:

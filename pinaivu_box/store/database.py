@@ -16,7 +16,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ class Database:
         self._scrub_wanted = False  # by `scrub_later`
         self._scrubber: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        self.committed: Callable[[float], None] = lambda _seconds: None  # told how long each took
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write failed in a way that the next would too."""
+        return self._failure is not None
 
     async def open(self) -> None:
         """Create the file if it does not exist.  Raises DatabaseUnusable."""
@@ -214,6 +220,7 @@ class Database:
                 await self._commit(writes)
 
     async def _commit(self, writes: list[_Pending]) -> None:
+        began = time.monotonic()
         try:
             counts = await self._run(writes)
         except Exception as error:  # all of them are for the callers
@@ -227,6 +234,7 @@ class Database:
                     future.set_exception(error)
         else:
             self._note_result(None)
+            self.committed(time.monotonic() - began)
             for (_, future), count in zip(writes, counts, strict=True):
                 future.set_result(count)
         finally:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -32,6 +33,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.secret import Secret
 from pinaivu_box.text import number
+from pinaivu_box.tracing.context import HEADER, TraceContext
 
 log = logging.getLogger("pinaivu.upstream")
 
@@ -82,11 +84,15 @@ class UpstreamClient:
             return await _whole(response, _MAX_DOCUMENT_BYTES)
 
     @asynccontextmanager
-    async def ask(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Send a request; its answer is the data of each event of a stream, or one document if it
-        is none.  Leaving ends it.  Raises ApiError, as does what it yields."""
+    async def ask(
+        self, path: str, body: dict[str, Any], trace: TraceContext | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Send a request, which belongs to the span `trace`; its answer is the data of each event
+        of a stream, or one document if it is none.  Leaving ends it.  Raises ApiError, as does what
+        it yields."""
         content = msgspec.json.encode(body)
-        async with self._open("POST", self._base + path, content) as response:
+        headers = {HEADER: trace.header} if trace is not None else {}
+        async with self._open("POST", self._base + path, content, headers) as response:
             if response.headers.get("Content-Type", "").startswith(_EVENT_STREAM):
                 yield self._events(response)
             else:
@@ -94,9 +100,14 @@ class UpstreamClient:
 
     @asynccontextmanager
     async def _open(
-        self, method: str, url: str, content: bytes | None = None
+        self,
+        method: str,
+        url: str,
+        content: bytes | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> AsyncIterator[httpx.Response]:
-        headers = {"Content-Type": "application/json"} if content is not None else {}
+        if content is not None:
+            headers = {**headers, "Content-Type": "application/json"}
         request = self._http.build_request(method, url, content=content, headers=headers)
         try:
             response = await self._http.send(request, stream=True)

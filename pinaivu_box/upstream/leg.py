@@ -90,7 +90,7 @@ class LegAtUpstream:
         try:
             async with self._upstream.places.one(job.tenant, job.weight, job.priority):
                 self._mailbox.put(_Asked((time.monotonic() - came) * 1000))
-                async with self._upstream.client.ask(path_of(job), body) as events:
+                async with self._upstream.client.ask(path_of(job), body, job.trace) as events:
                     async for data in events:
                         self._mailbox.put(data)
             self._mailbox.put(_End())
