@@ -48,23 +48,28 @@ class AuditedPair:
         self.anna.forget()
         for number in range(1, most + 1):
             with _named_by(random):
-                await self._ask_and_wait(number, choice)
+                await soon(self._ask_and_wait(number, choice))
             if self.known.failed:
                 return number
         return None
 
     async def _ask_and_wait(self, number: int, choice: AuditChoice) -> None:
-        """Until it was audited, if it is chosen."""
-        before = self.known
-        request_id = await self._ask(number)
+        """Until ben has served a request, and it was audited if it is chosen."""
+        before, served = self.known, False
+        while not served:
+            request_id = await self._ask(number)
+            found = (await self.anna.http("GET", f"/v1/receipts/{request_id}")).json()
+            served = found["node_id"] == self.ben.node_id
+            if not served:  # on a busy machine he was too slow for her
+                self.anna.forget()
         await wait_until(lambda: self.known != before)
         if choice.is_chosen(request_id, before, self._audits._config()):
             await wait_until(lambda: _decided(self.known) > _decided(before))
 
     async def _ask(self, number: int) -> str:
+        """The id of a request."""
         answer = await self.anna.chat(f"Tell me about {number}.", model=self.model, max_tokens=12)
         assert answer.status_code == 200, answer.text
-        assert f"{self.ben.node_id}; " in answer.headers["x-pinaivu-route"]
         return str(answer.json()["request_id"])
 
 
