@@ -81,8 +81,8 @@ class _Comparison:
         proofs = [leg.proof for leg in legs]
         try:
             async with self._engine(self._transcript, proofs) as engine:
-                audits = await audit_legs(engine, self._transcript, legs)
                 others = await self._other_prompts(engine)
+                audits = await audit_legs(engine, self._transcript, legs)
         except (NotHere, OSError) as error:
             audits = [not_auditable(proof, str(error)) for proof in proofs]
             others = self._others or set()
