@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ async def test_a_leg_leaves_no_stream_open(tmp_path: Path) -> None:
     async with audited_pair(tmp_path, FAKE, FAKE, audit__first=0.0) as pair:
         for number in range(5):
             assert (await pair.anna.chat(str(number), model=FAKE)).status_code == 200
-        transports = [box.network._transport for box in (pair.anna, pair.ben)]
+        transports: list[Any] = [box.network._transport for box in (pair.anna, pair.ben)]
         connections = [each for one in transports for each in one.connections]
         assert connections
         # One of each box carries the gossip, for as long as the link lasts.
