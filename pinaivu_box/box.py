@@ -450,15 +450,15 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
 
 
 def _audits(box: Box, services: PeerServices) -> AuditService:
-    """Audit what peers serve from now on, while neither this box's requests nor those of peers
-    run."""
+    """Audit what peers serve from now on, in idle time."""
     audits = box.audits = AuditService(
         identity=box.identity,
         settings=box.settings,
         database=box.database,
         reputation=services.reputation,
         replay=box.replay,
-        busy=lambda: bool(box.requests.count) or not services.serving.admission.idle.is_set(),
+        busy=lambda: bool(box.requests.count),
+        busy_for_peers=lambda: not services.serving.admission.idle.is_set(),
         registry=box.metrics.registry,
     )
     box.requests.receipted = audits.sampled.take

@@ -11,12 +11,15 @@ import pytest
 
 from pinaivu_box.audits.auditor import audit_legs
 from pinaivu_box.audits.contexts import context_of, may_shift, shifted_with
-from pinaivu_box.audits.pending import LegToAudit
 from pinaivu_box.engine.messages import Constraint, LoadModel, ReplayedToken, Sampling, Tools
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.receipts import commitment
-from pinaivu_box.receipts.audit import ReplayedAnswer, digest_of, judge, verdict_of
-from pinaivu_box.receipts.commitment import Extras
+from pinaivu_box.receipts.audit import (
+    ReplayedAnswer,
+    digest_of,
+    judge,
+    verdict_of,
+    without_tokens,
+)
 from pinaivu_box.receipts.divergence import (
     FALSE_ALARM_RATE,
     HONEST_LARGE_RATE,
@@ -24,17 +27,14 @@ from pinaivu_box.receipts.divergence import (
     Divergence,
     binomial_tail,
 )
-from pinaivu_box.receipts.receipt import Proof, SignedProof, sampling_record
-from pinaivu_box.receipts.transcript import LegTranscript, PromptTranscript, RequestTranscript
+from pinaivu_box.receipts.receipt import Proof, sampling_record
+from pinaivu_box.receipts.transcript import RequestTranscript
 from tests.support import receipt_vectors
 from tests.support.bare_engine import engine
 from tests.support.engine_harness import Heard, add, run
 from tests.support.exact_runner import made
-from tests.support.fake_model import fake_text
+from tests.support.fake_answers import PROMPT, leg_of, said, transcript
 
-NONCE = "ab" * 32
-PROMPT = [*b"Hello, box"]
-REQUEST = "req_01m8jw26mke71a7sxaax08p8mq"
 Change = dict[str, Any]
 
 
@@ -48,36 +48,6 @@ async def fake() -> AsyncIterator[EngineProcess]:
     async with engine(LoadModel("fake:0", 0, 200, 2000, 4, 64, 1)) as process:
         process.model_digest = receipt_vectors.DIGEST
         yield process
-
-
-def said(length: int = 30) -> list[int]:
-    return [*fake_text(len(PROMPT), length).encode()]
-
-
-def transcript(*legs: list[int], asked: Change | None = None, **more: Any) -> RequestTranscript:
-    text = commitment.prompt_text([], [], prompt=["Hello, box"], **(asked or {}))
-    made_legs = [
-        LegTranscript(0, number, tokens, bytes(t for t in tokens if t < 256).decode())
-        for number, tokens in enumerate(legs)
-    ]
-    prompts = [PromptTranscript(0, text, PROMPT)]
-    return RequestTranscript(REQUEST, receipt_vectors.MODEL, prompts, made_legs, **more)
-
-
-def leg_of(kept: RequestTranscript, number: int = 0, **more: Any) -> LegToAudit:
-    """A leg as its box has signed it."""
-    made_leg, prompt = kept.legs[number], kept.prompts[0]
-    asked, opened = commitment.commit(prompt.asked, prompt.tokens, NONCE)
-    output, opening = commitment.commit(made_leg.text, made_leg.tokens, NONCE, [Extras()])
-    proof = receipt_vectors.proof(
-        **{
-            "leg": made_leg.leg, "prompt_commitment": asked, "output_commitment": output,
-            "sampling": sampling_record(Sampling(temperature=0.0), 30),
-            "completion_tokens": len(made_leg.tokens), "prompt_tokens": len(PROMPT),
-            "finish_reason": "length", **more,
-        }
-    )  # fmt: skip
-    return LegToAudit(proof, SignedProof("", ""), opened, opening)
 
 
 @pytest.mark.anyio
@@ -257,6 +227,18 @@ def test_bits_are_compared_only_with_an_engine_of_the_same_exactness() -> None:
         audit = judge(proof(tokens), answer, 0, is_last=True)
         assert (audit.mode, audit.verdict) == (mode, verdict)
         assert (audit.agreeing, audit.margins) == (99, [0.01])
+
+
+def test_what_is_kept_for_good_names_no_token() -> None:
+    tokens = [ReplayedToken(31337, 31338, 11.5, 12.5, 0.25), *tokens_of(same=9)]
+    answer = ReplayedAnswer(tokens, "length", "bitwise:haswell b f16")
+    audit = judge(proof(tokens), answer, 0, is_last=True)
+    kept = without_tokens(audit)
+    for word in (b"31337", b"31338", b"11.5", b"12.5", b"0.25"):
+        assert word in msgspec.json.encode(audit) and word not in msgspec.json.encode(kept)
+    assert "another token was drawn at position 30 (token 1 of the answer)" in kept.meaning
+    agreeing = judge(proof(tokens[1:]), answer, 1, is_last=True)
+    assert without_tokens(agreeing) == agreeing
 
 
 def test_numbers_that_differ_are_no_proof_elsewhere() -> None:

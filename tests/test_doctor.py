@@ -43,6 +43,7 @@ NAMES = [
     "identity",
     "database",
     "log",
+    "transcripts",
     "models",
     "memory",
     "engine",

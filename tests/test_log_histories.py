@@ -30,9 +30,10 @@ from pinaivu_box.log.merkle import is_consistent
 from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import Tile, TilePath
-from pinaivu_box.receipt_log import last_shown
+from pinaivu_box.receipt_log import adoption, histories, last_shown
 from pinaivu_box.receipt_log import service as service_module
 from pinaivu_box.receipt_log.service import ReceiptLog
+from pinaivu_box.store import log as store
 from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.witness.wire import MAX_STATEMENT_BYTES
@@ -234,6 +235,97 @@ def test_an_adoption_that_was_interrupted_goes_on(home: Path) -> None:
         return [proof.index for proof in proofs if proof is not None]
 
     assert with_log(home, look) == [0, 1, 5, 6, 7]
+
+
+@pytest.fixture
+def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is adopted before the box serves, and then one receipt after the other."""
+    monkeypatch.setattr(histories, "BEFORE_SERVING", 0)
+    monkeypatch.setattr(adoption, "BATCH", 1)
+    monkeypatch.setattr(service_module, "BATCH", 1)
+
+
+async def until_adopted(service: ReceiptLog) -> None:
+    keeping = asyncio.create_task(service.keep())
+    await wait_for(lambda: service.histories.adoption and service.histories.adoption.done)
+    async with service._lock:  # it has examined what it has done
+        keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+
+
+@pytest.fixture
+def unlogged(home: Path) -> tuple[Path, list[str]]:
+    """A home with five receipts from before there was a log, and their ids."""
+    query(home, "DROP TRIGGER log_entries_are_not_deleted")
+    for table in ("logs", "log_entries", "log_tiles", "log_checkpoints", "sqlite_sequence"):
+        query(home, f"DELETE FROM {table}")
+    query(home, "UPDATE receipts SET log_entry = NULL")
+    query(home, "INSERT INTO log_pending VALUES ('adopt')")
+    (home / last_shown.NAME).unlink()
+    rows = query(home, "SELECT request_id FROM receipts ORDER BY created_at, rowid")
+    return home, [request_id for (request_id,) in rows]
+
+
+@pytest.mark.usefixtures("in_small_steps")
+def test_older_receipts_get_entries_between_new_ones(unlogged: tuple[Path, list[str]]) -> None:
+    home, ids = unlogged
+
+    async def look(service: ReceiptLog, database: Database) -> None:
+        assert await service.entry_proof(ids[0]) is None and service.findings == []
+        assert await asyncio.to_thread(findings, home) == []  # it is known that they are to come
+        assert await service._adopt()
+        await database.write(store.append(b"a new receipt"))  # as one would be stored now
+        await until_adopted(service)
+        proofs = [await service.entry_proof(one) for one in ids]
+        assert [one.index for one in proofs if one is not None] == [0, 2, 3, 4, 5]
+        await wait_for(lambda: service.findings)
+        (found,) = service.findings  # it has no receipt here
+        assert found.startswith("entry 1 has no receipt")
+
+    with_log(home, look)
+
+
+@pytest.mark.usefixtures("in_small_steps")
+def test_a_log_that_begins_in_the_middle_gives_each_receipt_one_entry(
+    unlogged: tuple[Path, list[str]],
+) -> None:
+    """Also to those that had got theirs in the log before, which no checkpoint has covered."""
+    home, ids = unlogged
+
+    async def look(service: ReceiptLog, _database: Database) -> None:
+        for _ in range(3):
+            assert await service._adopt()
+        await service.histories.begin("It was the test's wish.", None)
+        await until_adopted(service)
+        proofs = [await service.entry_proof(one) for one in ids]
+        assert [one.index for one in proofs if one is not None] == [0, 1, 2, 3, 4]
+
+    with_log(home, look)
+    entries = query(home, "SELECT count(DISTINCT log_entry), count(*) FROM receipts")
+    assert entries == [(5, 5)]
+
+
+@pytest.mark.usefixtures("in_small_steps")
+def test_a_receipt_that_was_inserted_is_found_once_older_ones_have_entries(
+    unlogged: tuple[Path, list[str]],
+) -> None:
+    home, ids = unlogged
+    forged = "UPDATE receipts SET signature = zeroblob(64) WHERE request_id = ?"
+    query(home, forged, ids[3])
+
+    async def look(service: ReceiptLog, _database: Database) -> list[str]:
+        assert service.findings == []
+        await until_adopted(service)
+        return service.findings
+
+    (found,) = with_log(home, look)
+    assert f"the receipt of {ids[3]} was never logged" in found
+
+
+async def wait_for(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 # -- another begins --------------------------------------------------------------------------------

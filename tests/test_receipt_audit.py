@@ -171,6 +171,11 @@ def cut_prompt(said: Said) -> None:
     said.prompt["tokens"].insert(1, 28)
 
 
+def longer_prompt(said: Said) -> None:
+    """More than what a template may write otherwise."""
+    said.prompt["tokens"][1:1] = [28] * 20
+
+
 CHEATS: dict[str, tuple[Callable[[Said], None], str, int | None]] = {
     "other numbers": (
         lambda said: said.proof.update(logits_sha256="ab" * 32), "the numbers do not", None
@@ -181,6 +186,7 @@ CHEATS: dict[str, tuple[Callable[[Said], None], str, int | None]] = {
         lambda said: said.proof["sampling"].update(temperature=1.6), "another token was drawn", -1
     ),
     "a cut prompt": (cut_prompt, "", None),
+    "a longer prompt": (longer_prompt, "", None),
     "a bias that was not asked for": (
         lambda said: said.proof["sampling"].update(logit_bias={"28": 9.0}), "another token", -1
     ),
@@ -207,6 +213,7 @@ def test_a_cheat_is_found(
     status, report = audited(box, *said.write(tmp_path))
     (leg,) = report["legs"]
     assert (status, report["verdict"], leg["mode"]) == (1, "differs", "bitwise")
+    assert report["other_prompts"] == ([0] if change is longer_prompt else [])
     assert told in leg["meaning"]
     if at is not None:
         first = leg["first"]

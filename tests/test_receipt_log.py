@@ -111,6 +111,7 @@ def test_sizes_are_proven_consistent(box: Box) -> None:
 )
 def test_sizes_that_the_log_has_not_are_refused(box: Box, query: str, where: str) -> None:
     ask(box)
+    assert text(box, "checkpoint")  # whichever test is first
     answer = box.http("GET", f"/v1/log/consistency?{query}")
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["query", where]

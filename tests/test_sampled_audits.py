@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pinaivu_box import idle_time
-from pinaivu_box.audits import pending
+from pinaivu_box.audits import pending, sampled
 from pinaivu_box.audits.choice import FIRST_REQUESTS, AuditChoice, share
 from pinaivu_box.audits.disproof import Evidence, verify_evidence
 from pinaivu_box.audits.finding import Finding
@@ -25,7 +25,7 @@ from pinaivu_box.audits.prompts import are_others
 from pinaivu_box.audits.sampled import SampledAudits
 from pinaivu_box.audits.service import AuditConsequences
 from pinaivu_box.config import AuditConfig
-from pinaivu_box.errors import NoNodesAvailable
+from pinaivu_box.errors import EngineLost, NoNodesAvailable
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.ledger import disproofs
 from pinaivu_box.ledger import entry as ledger_entry
@@ -164,7 +164,13 @@ def test_what_waits_is_bounded_in_number_and_bytes_and_for_each_peer() -> None:
     while queue:
         queue.take()
     assert queue.bytes == 0
-    assert queue.add(waiting(size=pending.MAX_BYTES - 5)) and not queue.add(waiting("node_2"))
+    # Nor has one peer, with long answers, room for all.
+    assert not queue.add(waiting(size=pending.MAX_BYTES_OF_PEER + 1))
+    assert queue.add(waiting(size=pending.MAX_BYTES_OF_PEER - 5)) and not queue.add(waiting())
+    rest = pending.MAX_BYTES - pending.MAX_BYTES_OF_PEER
+    taken = [queue.add(waiting(f"node_{n}", 1024 * 1024)) for n in range(2, 40)]
+    assert sum(taken) == rest // (1024 * 1024)
+    assert queue.bytes <= pending.MAX_BYTES
 
 
 def test_what_was_interrupted_too_often_is_given_up() -> None:
@@ -183,7 +189,9 @@ class World:
     """Sampled audits whose legs are computed by `find`; `busy` says whether a request runs."""
 
     def __init__(self, config: AuditConfig = EVERYTHING) -> None:
-        self.busy = False
+        self.busy = self.busy_for_peers = False
+        self.now = 0.0
+        self.evading: list[str] = []
         self.replayed: list[tuple[RequestTranscript, Sequence[LegToAudit]]] = []
         self.finding = Finding("agreed")
         self.bad: list[tuple[str, Finding]] = []
@@ -191,8 +199,9 @@ class World:
         self.hold: asyncio.Event | None = None
         self.registry = CollectorRegistry()
         self.audits = SampledAudits(
-            AuditChoice(b"s"), lambda: config, self.replay, lambda: self.busy, self, self.registry
-        )
+            AuditChoice(b"s"), lambda: config, self.replay, lambda: self.busy,
+            lambda: self.busy_for_peers, self, self.registry, lambda: self.now,
+        )  # fmt: skip
 
     async def replay(
         self, transcript: RequestTranscript, legs: Sequence[LegToAudit]
@@ -207,6 +216,9 @@ class World:
 
     async def failed(self, audit: PendingAudit, leg: LegToAudit, finding: Finding) -> None:
         self.bad.append((audit.request_id, finding))
+
+    def evaded(self, audit: PendingAudit) -> None:
+        self.evading.append(audit.request_id)
 
     def counted(self, result: str) -> float:
         return self.registry.get_sample_value("pinaivu_audits_total", {"result": result}) or 0.0
@@ -286,6 +298,22 @@ async def test_it_waits_until_there_is_nothing_else_to_do(world: World) -> None:
     await wait_until(lambda: world.counted("agreed") == 1)
 
 
+async def test_requests_of_peers_delay_it_and_not_for_ever(world: World) -> None:
+    """Else a peer would keep its own answers from being audited, by asking for others."""
+    world.busy_for_peers = True
+    world.audits.take(request(PEER), key())
+    await asyncio.sleep(0.1)
+    world.now = sampled.MAX_WAIT_SECONDS
+    await asyncio.sleep(0.1)
+    assert not world.replayed
+    world.now += 1
+    world.busy = True
+    await asyncio.sleep(0.1)
+    assert not world.replayed  # this box's own come first
+    world.busy = False
+    await wait_until(lambda: world.counted("agreed") == 1)
+
+
 async def test_a_request_stops_it_and_it_is_tried_again(world: World) -> None:
     world.hold = asyncio.Event()
     world.audits.take(request(PEER), key())
@@ -311,7 +339,25 @@ async def test_a_busy_box_gives_it_up(world: World) -> None:
         await wait_until(lambda: world.audits.pending or world.counted("interrupted") == 2)
         world.busy = False
     assert world.counted("interrupted") == 2
-    assert not world.audits.pending
+    assert not world.audits.pending and not world.evading
+    assert world.of_peer == PeerAudits(watched=1, undecided=2)
+
+
+async def test_an_answer_with_which_the_engine_ends_is_tried_again_and_counts(
+    world: World,
+) -> None:
+    lost = 0
+
+    async def lose(*_: Any) -> list[Finding]:
+        nonlocal lost
+        lost += 1
+        raise EngineLost("It ended.")
+
+    world.audits._replay = lose
+    world.audits.take(request(PEER, legs=2), key())
+    await wait_until(lambda: world.counted("error") == 2)
+    assert lost == pending.MAX_ATTEMPTS and len(world.evading) == 1
+    assert world.of_peer == PeerAudits(watched=1, undecided=2)
 
 
 async def test_what_cannot_be_computed_here_says_nothing_of_the_peer(world: World) -> None:
@@ -325,7 +371,14 @@ async def test_what_cannot_be_computed_here_says_nothing_of_the_peer(world: Worl
     world.audits._replay = refuse
     world.audits.take(request(PEER), key())
     await wait_until(lambda: world.counted("not_auditable") == 2)
-    assert world.of_peer == PeerAudits(watched=2)
+    assert world.of_peer == PeerAudits(watched=2, undecided=2) and not world.evading
+    # What is so because of what the peer signed does.
+    world.audits._replay = world.replay
+    world.finding = Finding("not_auditable", "it has no end", evaded=True)
+    record = request(PEER)
+    world.audits.take(record, key())
+    await wait_until(lambda: world.evading == [record.job.request_id])
+    assert world.of_peer.undecided == 3 and not world.bad
 
 
 async def test_a_mistake_of_ours_ends_one_audit_and_no_other(
@@ -343,7 +396,7 @@ async def test_a_mistake_of_ours_ends_one_audit_and_no_other(
     for _ in range(2):
         world.audits.take(request(PEER), key())
     await wait_until(lambda: world.counted("error") == 1 and world.counted("disproved") == 1)
-    assert world.of_peer == PeerAudits(watched=0, failed=1, disproved=1)
+    assert world.of_peer == PeerAudits(watched=0, failed=1, disproved=1, undecided=1)
     # No word of a prompt or an answer is in the log.
     lines = [f"{one.getMessage()} {vars(one)}" for one in caplog.records]
     assert lines and not any(WORD in line or "spotted" in line for line in lines)
@@ -386,7 +439,7 @@ async def test_a_disproof_takes_the_reputation_and_the_debt(database: Database) 
     assert before.owed_to_peer == owed.amount > 0
     await store_receipt(database, record.job.request_id)
     audits = SampledAudits(
-        AuditChoice(b"s"), lambda: EVERYTHING, disprove, lambda: False,
+        AuditChoice(b"s"), lambda: EVERYTHING, disprove, lambda: False, lambda: False,
         AuditConsequences(US, database, reputation), CollectorRegistry(),
     )  # fmt: skip
     audits.take(record, key())
@@ -422,12 +475,24 @@ async def wait_for_rows(database: Database) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_who_evades_audits_loses_reputation_and_is_still_asked(database: Database) -> None:
+    reputation = Reputation(lambda: 0.0)
+    consequences = AuditConsequences(US, database, reputation)
+    scores = []
+    for _ in range(100):
+        consequences.evaded(PendingAudit(PEER.node_id, "req_1", b"", ()))
+        scores.append(reputation.score(PEER.node_id))
+    assert scores[0] == pytest.approx(0.5**0.25) and scores[3] == pytest.approx(0.5)
+    assert scores[-1] == pytest.approx(0.25) and not reputation.distrusts(PEER.node_id)
+    assert "req_1 could not be audited" in reputation.why(PEER.node_id)
+
+
 async def test_evidence_that_was_changed_is_refused(database: Database) -> None:
     consequences = AuditConsequences(US, database, Reputation(lambda: 0.0))
     record = request(PEER)
     audits = SampledAudits(
-        AuditChoice(b"s"), lambda: EVERYTHING, disprove, lambda: True, consequences,
-        CollectorRegistry(),
+        AuditChoice(b"s"), lambda: EVERYTHING, disprove, lambda: True, lambda: False,
+        consequences, CollectorRegistry(),
     )  # fmt: skip
     audits.take(record, key())
     audit = audits.pending.take()
@@ -457,8 +522,8 @@ async def test_evidence_that_was_changed_is_refused(database: Database) -> None:
 async def test_what_is_known_of_peers_outlives_the_box(database: Database) -> None:
     consequences = AuditConsequences(US, database, Reputation(lambda: 0.0))
     audits = SampledAudits(
-        AuditChoice(b"s"), lambda: CONFIG, disprove, lambda: True, consequences,
-        CollectorRegistry(),
+        AuditChoice(b"s"), lambda: CONFIG, disprove, lambda: True, lambda: False,
+        consequences, CollectorRegistry(),
     )  # fmt: skip
     for _ in range(3):
         audits.take(request(PEER), key())

@@ -392,3 +392,39 @@ def test_an_erased_account_leaves_none(plain: Box) -> None:
 
     in_database(plain.home, end_late)
     assert count(plain.home) == others - 1
+
+
+def test_the_doctor_looks_at_all_of_them(plain: Box, tmp_path: Path) -> None:
+    request_id = asked(plain, "The doctor reads this.")["request_id"]
+    home = tmp_path / "home"
+    home.mkdir()
+    with (
+        closing(sqlite3.connect(plain.home / "pinaivu.db")) as source,
+        closing(sqlite3.connect(home / "pinaivu.db")) as target,
+    ):
+        source.backup(target)
+
+    def looked_at() -> list[dict[str, Any]]:
+        done = run_command("doctor", "--json", home=home, check=False, env={"PINAIVU_PORT": "0"})
+        return [each for each in json.loads(done.stdout) if each["name"] == "transcripts"]
+
+    (found,) = looked_at()
+    assert found["state"] == "ok" and "in clear, which their receipts commit to" in found["found"]
+    with closing(sqlite3.connect(home / "pinaivu.db", isolation_level=None)) as database:
+        query = "SELECT body FROM transcripts WHERE request_id = ?"
+        (body,) = database.execute(query, (request_id,)).fetchone()
+        changed = "UPDATE transcripts SET body = ?, sealed_to = ? WHERE request_id = ?"
+        for wrong, sealed_to, told in (
+            (b"{", None, "cannot be read"),
+            (body.replace(b"doctor", b"surgeon"), None, "not what its receipt commits to"),
+            (body.replace(request_id.encode(), b"req_1"), None, "of another request"),
+            (b"short", bytes(32), "in no way that can be opened"),
+        ):
+            database.execute(changed, (wrong, sealed_to, request_id))
+            (found,) = looked_at()
+            assert found["state"] == "failed" and found["todo"]
+            assert request_id in found["found"] and told in found["found"]
+        database.execute("DROP TRIGGER transcripts_go_with_receipts")
+        database.execute("DELETE FROM receipts WHERE request_id = ?", (request_id,))
+        (found,) = looked_at()
+        assert f"{request_id} has no receipt" in found["found"]

@@ -353,6 +353,26 @@ def test_a_made_up_checkpoint_is_no_evidence() -> None:
     assert evidence.fork(note.read(log.note()), note.read(forged.note())) is None
 
 
+async def test_of_evidence_only_what_was_verified_is_kept(world: World) -> None:
+    """Whoever brings it may have put other lines below the signatures of the log."""
+    first, second = written(5, "first"), written(5, "second")
+    found = evidence.fork(note.read(first.note()), note.read(second.note()))
+    assert found is not None
+    junk = "".join(f"\u2014 junk{n} {b64(bytes([n]) * 99)}\n" for n in range(60))
+    stuffed = msgspec.structs.replace(
+        found, checkpoints=(found.checkpoints[0] + junk, found.checkpoints[1] + junk)
+    )
+    assert all(step.ok for step in evidence.verify(stuffed.document))
+    assert evidence.normalised(stuffed.document) == found.document
+    await world.alarms.add_evidence(stuffed.document.replace(b"\n  ", b"\n       "))
+    (alarm,) = world.alarms.all.values()
+    assert alarm.document == found.document
+    assert (await world.after_restart()).alarms.all[alarm.id].document == found.document
+    for document in (b"{}", stuffed.document.replace(b"junk0", b"")):
+        with pytest.raises(NoteError):
+            await world.alarms.add_evidence(document)
+
+
 async def test_of_a_log_that_forks_each_time_only_the_first_are_kept(world: World) -> None:
     await world.add(written(3, "first").submission(0))
     for size in range(4, 20):

@@ -17,13 +17,15 @@ class Finding(Struct, frozen=True):
     """Of one leg.  `failed`: by statistics, which are wrong now and then; `disproved`: the peer has
     promised the very bits, and they are others.
 
-    `why` is the end of a sentence, and `report` JSON: both are kept with a disproof, and neither is
-    logged or shown elsewhere, since they may name a token of the output.
+    `why` is the end of a sentence, and `report` JSON.  Those of a disproof are kept, also when the
+    request's account is erased, and name no token of the output; neither is logged.  `evaded`: it
+    is not auditable because of what the peer signed, and not for lack of something here.
     """
 
     result: Result
     why: str = ""
     report: dict[str, Any] = {}
+    evaded: bool = False
 
 
 # Computes these legs of a request again, on this box; a finding for each.  If it is cancelled it

@@ -6,13 +6,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import get_args
 
 import msgspec
 
 from pinaivu_box.audits.contexts import context_of
 from pinaivu_box.config import Config
 from pinaivu_box.devices import DeviceMonitor
-from pinaivu_box.engine.messages import CPU
+from pinaivu_box.engine.messages import CPU, KvType
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.placement import Placement
@@ -84,6 +85,25 @@ def _made(transcript: RequestTranscript | None, proofs: Sequence[Proof], choice:
     return sum(proof.completion_tokens for proof in proofs if proof.choice == choice)
 
 
+def contexts_of(
+    config: Config, model: Model, transcript: RequestTranscript, proofs: Sequence[Proof]
+) -> tuple[int, list[int]]:
+    """The usual context of an engine here, and the one that each proof needs to be computed again.
+    Those that need a larger one than usual, without being shifted, need that of the largest."""
+    usual = memory.context_of(model, config.engine.context)
+    needs = [_need(proof, _made(transcript, proofs, proof.choice), usual) for proof in proofs]
+    largest = max((need for need, shifted in needs if not shifted), default=usual)
+    return usual, [need if shifted or need == usual else largest for need, shifted in needs]
+
+
+def _need(proof: Proof, made: int, usual: int) -> tuple[int, bool]:
+    """The context for a proof whose choice has `made` so many tokens, and whether it shifts."""
+    if proof.shifted_tokens:
+        found = context_of(proof.prompt_tokens, made, proof.shifted_tokens, usual)
+        return found or usual, True
+    return max(usual, proof.prompt_tokens + made), False
+
+
 def _sized(
     config: Config,
     model: Model,
@@ -92,14 +112,12 @@ def _sized(
 ) -> tuple[Config, Model]:
     """For one sequence at a time, with the context that the answers were made with."""
     usual = memory.context_of(model, config.engine.context)
-    context, shifts = usual, config.engine.context_shift
+    context, shifts = 0, config.engine.context_shift
     for proof in proofs:
-        made = _made(transcript, proofs, proof.choice)
-        if proof.shifted_tokens:
-            found = context_of(proof.prompt_tokens, made, proof.shifted_tokens, usual)
-            context, shifts = found or context, True
-        elif proof.prompt_tokens + made > context:
-            context = proof.prompt_tokens + made
+        need, shifted = _need(proof, _made(transcript, proofs, proof.choice), usual)
+        context = need if shifted else max(context, need)
+        shifts |= shifted
+    context = context or usual
     engine = msgspec.structs.replace(
         config.engine,
         context=context,
@@ -121,6 +139,8 @@ def _exact_as(
     if found is None:
         return
     variant, kv_type = found.groups()
+    if kv_type not in get_args(KvType):
+        return  # of a later version, or made up
     engine = msgspec.structs.replace(
         config.engine, exact=True, cpu_variant=variant, kv_type=kv_type, devices=(CPU,)
     )

@@ -11,6 +11,7 @@ from pinaivu_box.receipts.receipt import Proof, SignedProof
 MAX_AUDITS = 64
 MAX_OF_PEER = 16
 MAX_BYTES = 32 * 1024 * 1024
+MAX_BYTES_OF_PEER = MAX_BYTES // 4
 MAX_ATTEMPTS = 5  # of one that requests interrupt
 
 
@@ -28,7 +29,8 @@ class LegToAudit:
 class PendingAudit:
     """A request of which `peer` served `legs`.  `transcript` is the JSON of a
     `receipts.transcript`, which takes less memory than its tokens do.  `sealed_to` is the public
-    half of the request's key, if it has one: what has to be kept of it is sealed to that."""
+    half of the request's key, if it has one: what has to be kept of it is sealed to that.  It waits
+    `since` that moment (monotonic seconds)."""
 
     peer: str
     request_id: str
@@ -36,6 +38,7 @@ class PendingAudit:
     legs: tuple[LegToAudit, ...]
     sealed_to: bytes | None = None
     attempts: int = 0
+    since: float = 0.0
 
     @property
     def size(self) -> int:
@@ -49,6 +52,7 @@ class PendingAudits:
     def __init__(self) -> None:
         self._waiting: deque[PendingAudit] = deque()
         self._of_peer: Counter[str] = Counter()
+        self._bytes_of_peer: Counter[str] = Counter()
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -58,20 +62,29 @@ class PendingAudits:
         """Whether there is room for it."""
         if len(self) >= MAX_AUDITS or self._of_peer[audit.peer] >= MAX_OF_PEER:
             return False
+        if self._bytes_of_peer[audit.peer] + audit.size > MAX_BYTES_OF_PEER:
+            return False
         if self.bytes + audit.size > MAX_BYTES:
             return False
         self._waiting.append(audit)
         self._of_peer[audit.peer] += 1
+        self._bytes_of_peer[audit.peer] += audit.size
         self.bytes += audit.size
         return True
+
+    @property
+    def waits_since(self) -> float:
+        """The `since` of the next one.  Raises IndexError."""
+        return self._waiting[0].since
 
     def take(self) -> PendingAudit:
         """The next one.  Raises IndexError."""
         audit = self._waiting.popleft()
         self.bytes -= audit.size
         self._of_peer[audit.peer] -= 1
+        self._bytes_of_peer[audit.peer] -= audit.size
         if not self._of_peer[audit.peer]:
-            del self._of_peer[audit.peer]
+            del self._of_peer[audit.peer], self._bytes_of_peer[audit.peer]
         return audit
 
     def again(self, audit: PendingAudit) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
@@ -17,7 +18,7 @@ from pinaivu_box.audits.choice import AuditChoice
 from pinaivu_box.audits.finding import Finding, Replay
 from pinaivu_box.audits.pending import LegToAudit, PendingAudit, PendingAudits
 from pinaivu_box.config import AuditConfig
-from pinaivu_box.errors import BoxError
+from pinaivu_box.errors import BoxError, EngineLost
 from pinaivu_box.gateway import transcripts
 from pinaivu_box.gateway.asked import asked_text
 from pinaivu_box.gateway.records import LegRecord, RequestRecord
@@ -29,6 +30,8 @@ from pinaivu_box.store.keys import Key
 from pinaivu_box.store.peer_audits import PeerAudits
 
 log = logging.getLogger("pinaivu.audits")
+
+MAX_WAIT_SECONDS = 600.0  # that requests of peers may keep an audit from beginning
 
 
 class Consequences(Protocol):
@@ -42,10 +45,14 @@ class Consequences(Protocol):
         """It failed, or what the peer signed is disproved."""
         ...
 
+    def evaded(self, audit: PendingAudit) -> None:
+        """It could not be audited because of what the peer signed."""
+        ...
+
 
 class SampledAudits:
-    """`busy` says whether there is anything else to do.  `audits` is what is known of each peer, by
-    node id."""
+    """`busy` says whether this box has anything else to do, `busy_for_peers` whether it has for its
+    peers, who could keep it so.  `audits` is what is known of each peer, by node id."""
 
     def __init__(
         self,
@@ -53,13 +60,16 @@ class SampledAudits:
         config: Callable[[], AuditConfig],
         replay: Replay,
         busy: Callable[[], bool],
+        busy_for_peers: Callable[[], bool],
         consequences: Consequences,
         registry: CollectorRegistry,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.audits: defaultdict[str, PeerAudits] = defaultdict(PeerAudits)
         self.pending = PendingAudits()
         self._choice, self._config = choice, config
-        self._replay, self._busy, self._consequences = replay, busy, consequences
+        self._replay, self._consequences = replay, consequences
+        self._busy, self._busy_for_peers, self._clock = busy, busy_for_peers, clock
         self._wanted = asyncio.Event()
         self._changed: set[str] = set()
         self._results = Counter(
@@ -93,17 +103,18 @@ class SampledAudits:
             encode(transcript),
             tuple(_to_audit(leg) for leg in legs),
             key.transcript_key,
+            since=self._clock(),
         )
         if self.pending.add(audit):
             self._wanted.set()
         else:
-            self._count("dropped", len(legs))
+            self._undecided(audit, "dropped")
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await self._wanted.wait()
-            await until_idle(self._busy)
+            await until_idle(lambda: self._has_to_wait(self.pending.waits_since))
             audit = self.pending.take()
             try:
                 await self._audit(audit)
@@ -111,6 +122,12 @@ class SampledAudits:
                 log.exception("what the audit of %s has found is not stored", audit.request_id)
             if not self.pending:
                 self._wanted.clear()
+
+    def _has_to_wait(self, since: float) -> bool:
+        """Whether an audit has to that has waited since then: always for this box's own requests,
+        and not for ever for those of peers."""
+        overdue = self._clock() - since > MAX_WAIT_SECONDS
+        return self._busy() or (not overdue and self._busy_for_peers())
 
     async def save(self) -> None:
         """Store what has changed of what is known of peers."""
@@ -125,20 +142,36 @@ class SampledAudits:
     async def _audit(self, audit: PendingAudit) -> None:
         replaying = self._replay(decode(audit.transcript), audit.legs)
         try:
-            found = await while_idle(replaying, self._busy)
+            found = await while_idle(replaying, lambda: self._has_to_wait(audit.since))
+        except EngineLost:  # what the peer signed may have killed it, or the machine has
+            log.warning("the engine that audited %s was lost", audit.request_id)
+            if not self.pending.again(audit):
+                self._undecided(audit, "error", evaded=True)
         except BoxError as error:  # its message may quote the request
-            self._count("not_auditable", len(audit.legs))
+            self._undecided(audit, "not_auditable")
             log.info("%s was not audited: %s", audit.request_id, type(error).__name__)
         except Exception as error:
-            self._count("error", len(audit.legs))
+            self._undecided(audit, "error", evaded=True)
             log.error("the audit of %s failed: %r", audit.request_id, type(error))
         else:
             if found is None:
                 if not self.pending.again(audit):
-                    self._count("interrupted", len(audit.legs))
+                    self._undecided(audit, "interrupted")
                 return
             for leg, finding in zip(audit.legs, *found, strict=True):
                 await self._conclude(audit, leg, finding)
+
+    def _undecided(self, audit: PendingAudit, result: str, *, evaded: bool = False) -> None:
+        """Of a whole request."""
+        self._count(result, len(audit.legs))
+        self._note_undecided(audit, len(audit.legs), evaded=evaded)
+
+    def _note_undecided(self, audit: PendingAudit, legs: int, *, evaded: bool) -> None:
+        known = self.audits[audit.peer]
+        self.audits[audit.peer] = replace(known, undecided=known.undecided + legs)
+        self._changed.add(audit.peer)
+        if evaded:
+            self._consequences.evaded(audit)
 
     async def _conclude(self, audit: PendingAudit, leg: LegToAudit, finding: Finding) -> None:
         self._count(finding.result)
@@ -152,6 +185,7 @@ class SampledAudits:
         bad = finding.result in ("failed", "disproved")
         log.log(logging.WARNING if bad else logging.INFO, "audit", extra={"fields": fields})
         if finding.result == "not_auditable":
+            self._note_undecided(audit, 1, evaded=finding.evaded)
             return
         known = self.audits[audit.peer]
         self._changed.add(audit.peer)

@@ -50,6 +50,11 @@ class AuditConsequences:
         )
         await self._record(audit, leg, finding)
 
+    def evaded(self, audit: PendingAudit) -> None:
+        self._reputation.evaded(
+            audit.peer, f"its answer to {audit.request_id} could not be audited"
+        )
+
     async def _record(self, audit: PendingAudit, leg: LegToAudit, finding: Finding) -> None:
         proof = leg.proof
         signed, signature = disproofs.sign(
@@ -76,7 +81,8 @@ class AuditConsequences:
 
 
 class AuditService:
-    """`sampled.take` is told of each request that has its receipt."""
+    """`sampled.take` is told of each request that has its receipt.  `busy` and `busy_for_peers` are
+    as in `SampledAudits`."""
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class AuditService:
         reputation: Reputation,
         replay: Replay,
         busy: Callable[[], bool],
+        busy_for_peers: Callable[[], bool],
         registry: CollectorRegistry,
     ) -> None:
         self._database = database
@@ -95,6 +102,7 @@ class AuditService:
             lambda: settings.config.audit,
             replay,
             busy,
+            busy_for_peers,
             AuditConsequences(identity, database, reputation),
             registry,
         )

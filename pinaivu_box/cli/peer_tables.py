@@ -110,13 +110,9 @@ def _reputation(peer: dict[str, Any]) -> str:
 
 def _audits(peer: dict[str, Any]) -> str:
     audits = peer["audits"]
-    if not audits["count"]:
-        return UNKNOWN
-    return (
-        f"{audits['count']}, {audits['failed']} failed"
-        if audits["failed"]
-        else str(audits["count"])
-    )
+    parts = [str(audits["count"])]
+    parts += [f"{audits[name]} {name}" for name in ("failed", "undecided") if audits.get(name)]
+    return UNKNOWN if parts == ["0"] else ", ".join(parts)
 
 
 def _milliseconds(value: float | None) -> str:

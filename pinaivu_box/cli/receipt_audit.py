@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from pinaivu_box.cli.call import Call
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import BoxError, CliError
 
 # From an engine, the model, and the legs: the transcript of their request.  Raises CliError.
 TranscriptReader = Callable[[Any, Any, list[Any]], Awaitable[Any]]
@@ -22,11 +22,11 @@ def audit_receipt(
     call: Call, document: bytes, read: TranscriptReader, node_key: str | None
 ) -> None:
     """Print the audit of a receipt; `read` gives the transcript of its request.  Ends the process
-    with 1 unless all agrees.  Raises CliError."""
+    with 1 unless all agrees, prompts too.  Raises CliError."""
     proofs, legs = _signed_legs(document, node_key)
     report = asyncio.run(_audit(call, read, proofs, legs))
     call.print(report, print_report)
-    if report["verdict"] != "agrees":
+    if report["verdict"] != "agrees" or report["other_prompts"]:
         sys.exit(1)
 
 
@@ -65,20 +65,41 @@ async def _audit(call: Call, read: TranscriptReader, statements: list[Any], legs
     from pinaivu_box.audits.auditor import audit_legs
     from pinaivu_box.audits.own_engine import NotHere, engine_for
     from pinaivu_box.errors import EngineLost
-    from pinaivu_box.receipts.audit import not_auditable
 
     proofs, engine = [leg.proof for leg in legs], {"build": "", "exactness": ""}
+    others: set[int] = set()
     try:
         config, model, digest = await _model(call, proofs)
-        async with engine_for(config, model, digest, None, proofs) as process:
-            engine = {"build": process.ready.build, "exactness": process.ready.exactness}
-            audits = await audit_legs(process, await read(process, model, legs), legs)
+        try:
+            async with engine_for(config, model, digest, None, proofs) as process:
+                engine = {"build": process.ready.build, "exactness": process.ready.exactness}
+                transcript = await read(process, model, legs)
+                audits = await audit_legs(process, transcript, legs)
+                others = await _other_prompts(process, model, transcript)
+        except NotHere as error:
+            audits = _not_here(proofs, error)
+            # What a proof says of its prompt decides how large an engine has to be; not for this.
+            async with engine_for(config, model, digest, None, ()) as process:
+                others = await _other_prompts(process, model, await read(process, model, legs))
     except NotHere as error:
-        why = error.message.removesuffix(".")
-        audits = [not_auditable(proof, f"not here: {why}") for proof in proofs]
+        audits = _not_here(proofs, error)
     except EngineLost as error:
         raise CliError(f"The engine ended in the middle of the audit: {error.message}") from error
-    return _report(statements, audits, engine)
+    return _report(statements, audits, engine, others)
+
+
+def _not_here(proofs: list[Any], error: BoxError) -> list[Any]:
+    from pinaivu_box.receipts.audit import not_auditable
+
+    why = error.message.removesuffix(".")
+    return [not_auditable(proof, f"not here: {why}") for proof in proofs]
+
+
+async def _other_prompts(process: Any, model: Any, transcript: Any) -> set[int]:
+    from pinaivu_box.audits.prompts import other_prompts
+
+    # With a template of its own this box cannot say what others make of a chat.
+    return await other_prompts(process, transcript, chats=not model.settings.template)
 
 
 async def _model(call: Call, proofs: list[Any]) -> Any:
@@ -109,7 +130,7 @@ async def _model(call: Call, proofs: list[Any]) -> Any:
     return config, model, digest
 
 
-def _report(statements: list[Any], audits: list[Any], engine: Any) -> Any:
+def _report(statements: list[Any], audits: list[Any], engine: Any, others: set[int]) -> Any:
     from pinaivu_box.receipts.audit import verdict_of
     from pinaivu_box.receipts.receipt import Proof
 
@@ -119,7 +140,13 @@ def _report(statements: list[Any], audits: list[Any], engine: Any) -> Any:
     if upstream and verdict == "agrees":
         verdict = "not auditable"
     request_id = statements[0].request_id
-    return {"request_id": request_id, "verdict": verdict, "engine": engine, "legs": legs}
+    return {
+        "request_id": request_id,
+        "verdict": verdict,
+        "engine": engine,
+        "legs": legs,
+        "other_prompts": sorted(others),
+    }
 
 
 def _of_upstream(leg: Any) -> dict[str, Any]:
@@ -151,6 +178,11 @@ def print_report(report: Any) -> None:
         where = f"leg {leg['leg']} of choice {leg['choice']}"
         click.echo(f"{number}. {_MARKS[leg['verdict']]} {where}: {leg['meaning']}")
         _print_first(leg)
+    for number in report["other_prompts"]:
+        click.echo(
+            f"Prompt {number} has other tokens than this box makes of the request: it was cut "
+            "short, became longer, or the node has another chat template."
+        )
     click.echo(f"{report['request_id']}: {report['verdict']}.")
 
 

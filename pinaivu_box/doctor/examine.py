@@ -17,6 +17,7 @@ from pinaivu_box.doctor import (
     receipt_log,
     relay,
     service,
+    transcripts,
     upstreams,
 )
 from pinaivu_box.doctor import home as homes
@@ -52,6 +53,7 @@ def examine(
         ("identity", partial(homes.identity, home)),
         ("database", partial(homes.database, home)),
         ("log", partial(receipt_log.whole, home)),
+        ("transcripts", partial(transcripts.all_of, home)),
         ("others' logs", partial(other_logs.examine, home)),
         ("models", partial(models.files, config, home)),
         ("memory", partial(models.room, config, home)),

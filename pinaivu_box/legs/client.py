@@ -47,7 +47,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.routing.router import Destination
 from pinaivu_box.tasks import TaskSet
-from pinaivu_box.transport import wire
+from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.upstream.answer import estimate_prompt
 
@@ -125,6 +125,11 @@ class PeerClient:
             EXACT_VERSION,
         )
 
+    def end(self, stream: Stream) -> None:
+        """Read what ends the stream of a leg, for which nobody waits: until then it is one of the
+        few that a link can have open."""
+        self._stops.spawn(streams.drain(stream))
+
     def stop(self, stream: Stream) -> None:
         """Tell a peer to stop, if its leg has not ended by now."""
 
@@ -185,7 +190,9 @@ class PeerLeg:
         except PeeringError as error:
             raise _lost(self._to, error) from error
         finally:
-            if not ended:
+            if ended:
+                self._client.end(stream)
+            else:
                 stream.abandon()
 
     async def _handle(self, stream: Stream, message: leg_wire.ToCoordinator) -> Sequence[Event]:

@@ -56,6 +56,18 @@ def fork(first: Note, second: Note, proof: Sequence[bytes] = ()) -> Fork | None:
     return found if all(step.ok for step in verify(found.document)) else None
 
 
+def normalised(document: bytes) -> bytes:
+    """Evidence that holds, without all that it does not need: signatures of others, which nobody
+    has verified, and another way to write the JSON.  Raises NoteError if it does not hold."""
+    read(document)
+    found = _decode(document)
+    first, second = map(note.read, found.checkpoints)
+    needed = fork(first, second, tuple(map(note.decode, found.proof)))
+    if needed is None:
+        raise NoteError("it shows no fork")
+    return needed.document
+
+
 def id_of(document: bytes) -> str:
     """By the origin and the sizes of what it shows, so that one fork is known once.  The document
     has been verified."""

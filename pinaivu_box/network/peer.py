@@ -164,11 +164,13 @@ class CostView(Struct, frozen=True):
 
 class AuditsView(Struct, frozen=True):
     """How many of the legs that the peer served were computed again here, and in how many of these
-    something else came out; of the `failed` those that were `disproved` to the bit."""
+    something else came out; of the `failed` those that were `disproved` to the bit.  `undecided`
+    are further ones that were to be computed again, and nothing can be said of them."""
 
     count: int = 0
     failed: int = 0
     disproved: int = 0
+    undecided: int = 0
 
 
 class LogAlarm(Struct, frozen=True):

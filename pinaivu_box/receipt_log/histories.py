@@ -19,7 +19,8 @@ from pinaivu_box.log import checkpoint, note, restart
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.note import Note, NoteError
 from pinaivu_box.log.restart import Restart, SignedRestart
-from pinaivu_box.receipt_log import adoption, last_shown, tree
+from pinaivu_box.receipt_log import last_shown, tree
+from pinaivu_box.receipt_log.adoption import BEFORE_SERVING, Adoption
 from pinaivu_box.store import log as store
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.log import Log, LogDamaged
@@ -55,7 +56,7 @@ class Histories:
         self._database = database
         self._home = home
         self.all: list[Log] = []
-        self.adopted = 0  # receipts, since the start
+        self.adoption: Adoption | None = None  # the latest one, since the start
         self.findings: list[str] = []  # reasons why a log could not go on, since the start
 
     @property
@@ -215,10 +216,22 @@ class Histories:
         )
 
     async def _adopt(self) -> None:
-        count = await asyncio.to_thread(adoption.adopt, self._database.path, self._identity.node_id)
-        self.adopted += count
-        if count:
-            log.info("receipts have got entries in the log", extra={"fields": {"receipts": count}})
+        self.adoption = Adoption(self._database.path, self._identity.node_id)
+        if await self.adopt(BEFORE_SERVING):
+            log.info("older receipts get entries in the log while the box serves")
+
+    async def adopt(self, most: int) -> bool:
+        """Give entries to so many more receipts without one, if there are any; returns whether
+        there may be more.  Not while a log begins.  Raises sqlite3.Error."""
+        adoption = self.adoption
+        if adoption is None or adoption.done:
+            return False
+        if await asyncio.to_thread(adoption.run, most):
+            return True
+        if adoption.count:
+            fields = {"receipts": adoption.count}
+            log.info("receipts have got entries in the log", extra={"fields": fields})
+        return False
 
 
 def _known(text: str, origin: str) -> SignedCheckpoint | None:

@@ -32,3 +32,9 @@ class LogMetrics(Collector):
             "Logs of this box that have ended.",
             value=max(0, len(self._service.histories.all) - 1),
         )
+        adoption = self._service.histories.adoption
+        yield GaugeMetricFamily(
+            "pinaivu_log_adopting",
+            "1 while receipts from before the log, or after the end of one, get their entries.",
+            value=int(adoption is not None and not adoption.done),
+        )

@@ -25,6 +25,7 @@ from pinaivu_box.log.removal import Removal
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import TilePath
 from pinaivu_box.receipt_log import examine, histories, last_shown, proofs, tree
+from pinaivu_box.receipt_log.adoption import BATCH
 from pinaivu_box.receipt_log.histories import Histories, SignedCheckpoint
 from pinaivu_box.store import log as store
 from pinaivu_box.store.database import Database, SqlStatement
@@ -35,6 +36,7 @@ log = logging.getLogger("pinaivu.log")
 
 _MIN_SECONDS = 1.0  # between two checkpoints that nobody needs for a proof
 _MIN_SECONDS_FOR_PROOFS = 0.1  # before one that a proof waits for: cosignatures come for those kept
+_ADOPTION_PAUSE_SECONDS = 0.01  # between batches: about half of the time is left to others
 _COVERED_AFTER_SECONDS = 10.0  # an entry is covered by a checkpoint, if nobody asks for one before
 _MAX_RANGES = 64  # of a statement of removals, before another begins
 
@@ -67,18 +69,43 @@ class ReceiptLog:
         """Go on with the log, or begin another if that may not be.  Raises OSError,
         sqlite3.Error."""
         await self.histories.open()
-        if self.histories.adopted:
+        if self.histories.adoption is not None and self.histories.adoption.count:
             await self._newest()  # of these, each was looked at just now
+        await self._examine()
+
+    async def _examine(self) -> None:
         found = await asyncio.to_thread(examine.tail, self._database.path)
         self.findings = [finding.message for finding in found]
         for message in self.findings:
             log.error("the database was changed behind the box's back: %s", message)
 
     async def keep(self) -> None:
-        """Until cancelled: cover entries by checkpoints."""
+        """Until cancelled: cover entries by checkpoints, and give entries to older receipts."""
         while True:
-            await asyncio.sleep(_COVERED_AFTER_SECONDS)
+            await self._adopt_for(_COVERED_AFTER_SECONDS)
             await self.cover()
+
+    async def _adopt_for(self, seconds: float) -> None:
+        """Take so long, in which older receipts get entries."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and await self._adopt():  # noqa: ASYNC110
+            await asyncio.sleep(_ADOPTION_PAUSE_SECONDS)
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+
+    async def _adopt(self) -> bool:
+        """One batch of receipts without an entry, if there are any; whether there may be more."""
+        adoption = self.histories.adoption
+        if adoption is None or adoption.done:
+            return False
+        try:
+            async with self._lock:
+                more = await self.histories.adopt(BATCH)
+                if not more:
+                    await self._examine()  # who is without an entry now has been inserted
+        except sqlite3.Error as error:
+            log.error("older receipts get no entries in the log now: %s", error)
+            return False
+        return more
 
     async def cover(self) -> None:
         """Make a checkpoint if the log has grown; errors are logged."""

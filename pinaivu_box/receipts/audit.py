@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET, Struct
 
 from pinaivu_box.engine.messages import ReplayedToken
@@ -81,6 +82,18 @@ def judge(proof: Proof, answer: ReplayedAnswer, start: int, *, is_last: bool) ->
 def not_auditable(proof: Proof, why: str) -> LegAudit:
     """A leg of which nothing can be said."""
     return LegAudit(proof.choice, proof.leg, proof.node_id, "not auditable", why)
+
+
+def without_tokens(audit: LegAudit) -> LegAudit:
+    """What is kept of it for good: where the answer differs, and none of its tokens, which go with
+    the transcript.  Whoever has that computes them again."""
+    if audit.first is None:
+        return audit
+    why = (
+        f"another token was drawn at position {audit.first.position} (token "
+        f"{audit.first.index + 1} of the answer)"
+    )
+    return msgspec.structs.replace(audit, meaning=why, first=None, margins=[])
 
 
 def verdict_of(audits: Sequence[LegAudit]) -> Verdict:

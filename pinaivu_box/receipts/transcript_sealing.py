@@ -22,6 +22,7 @@ from nacl.public import PrivateKey, PublicKey, SealedBox
 from pinaivu_box.errors import Unreadable
 
 KEY_BYTES = 32
+SEAL_BYTES = 48  # that a sealed text has more: a public key, and what authenticates it
 _INFO = b"pinaivu/transcript-key/v1"
 
 

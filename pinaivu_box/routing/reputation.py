@@ -6,7 +6,8 @@
   more that everybody is assumed to have served.  A refusal is no failure: a busy box may say so.
 - speed: tokens a second that it made, of those that it had promised, on average; 1 if it kept it.
 - honesty: halved by every dispute (a proof or tokens that cannot be, or an audit that failed).  A
-  proof that an audit has shown to be false counts as ten.
+  proof that an audit has shown to be false counts as ten, an answer that evaded its audit as a
+  quarter, until there are two: it may be this box's mistake.
 
 All of it fades: of legs and speed half is forgotten in a week, of disputes in a day.
 
@@ -36,6 +37,7 @@ _DAY = 86400.0
 _WEEK = 7 * _DAY
 _SAVE_SECONDS = 60.0
 _DISPROVED = 10.0  # disputes
+_EVADED, _MAX_FOR_EVADED = 0.25, 2.0
 _MAX_DISPUTES = 5.0  # of a peer that is asked at all
 
 
@@ -78,6 +80,14 @@ class Reputation:
         """It has signed what is shown to be false."""
         opinion = self._faded(node_id)
         self._set(node_id, replace(opinion, disputes=opinion.disputes + _DISPROVED, last=why))
+
+    def evaded(self, node_id: str, why: str) -> None:
+        """An answer could not be audited because of what it has signed.  These alone never keep it
+        from being asked."""
+        opinion = self._faded(node_id)
+        most = max(opinion.disputes, _MAX_FOR_EVADED)
+        disputes = min(opinion.disputes + _EVADED, most)
+        self._set(node_id, replace(opinion, disputes=disputes, last=why))
 
     def distrusts(self, node_id: str) -> bool:
         """Whether it is not to be asked, whatever it costs: for a day after it was disproved, or

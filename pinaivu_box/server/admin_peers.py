@@ -282,7 +282,7 @@ def _audits(box: Box, node_id: str) -> views.AuditsView:
     found = None if box.audits is None else box.audits.sampled.audits.get(node_id)
     if found is None:
         return views.NOT_AUDITED
-    return views.AuditsView(found.audits, found.failed, found.disproved)
+    return views.AuditsView(found.audits, found.failed, found.disproved, found.undecided)
 
 
 def _log_alarm(alarm: Alarm) -> views.LogAlarm:

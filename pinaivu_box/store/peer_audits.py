@@ -13,12 +13,14 @@ from pinaivu_box.store.database import Database
 class PeerAudits(Struct, frozen=True):
     """`watched` counts the requests that a peer served since it was first asked, or since an audit
     of it failed.  The others count audits of legs: that `agreed`, `failed`, and of the failed
-    those that `disproved` what the peer had signed."""
+    those that `disproved` what the peer had signed; and legs that were chosen and stayed
+    `undecided`, whatever the reason."""
 
     watched: int = 0
     agreed: int = 0
     failed: int = 0
     disproved: int = 0
+    undecided: int = 0
 
     @property
     def audits(self) -> int:
@@ -38,7 +40,8 @@ async def keep(database: Database, audits: Mapping[str, PeerAudits]) -> None:
     await database.write(
         *(
             (
-                f"INSERT OR REPLACE INTO peer_audits (node_id, {_COLUMNS}) VALUES (?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO peer_audits (node_id, {_COLUMNS})"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 (node_id, *msgspec.structs.astuple(each)),
             )
             for node_id, each in audits.items()

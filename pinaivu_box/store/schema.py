@@ -290,8 +290,9 @@ _TRANSCRIPTS_AND_AUDITS: tuple[str, ...] = (
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
 )
 _TO_7 = (*_LOG, *_WITNESSES, *_TRANSCRIPTS_AND_AUDITS)
+_TO_8 = ("ALTER TABLE peer_audits ADD COLUMN undecided INTEGER NOT NULL DEFAULT 0",)
 # The first: from OLDEST_VERSION to the one after it.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6, _TO_7)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TO_6, _TO_7, _TO_8)
 
 
 class Schema(NamedTuple):

@@ -823,7 +823,8 @@ CREATE TABLE peer_audits (
     watched    INTEGER NOT NULL,  -- requests that it served, at first or since an audit failed
     agreed     INTEGER NOT NULL,  -- legs
     failed     INTEGER NOT NULL,
-    disproved  INTEGER NOT NULL   -- of the failed: those that are proof
+    disproved  INTEGER NOT NULL,  -- of the failed: those that are proof
+    undecided  INTEGER NOT NULL DEFAULT 0  -- chosen, and nothing could be said of them
 ) STRICT, WITHOUT ROWID;
 
 -- Legs whose proofs an audit has shown to be false, with what shows it: not owed in our eyes.
@@ -851,4 +852,4 @@ WHEN EXISTS (
 )
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 
-PRAGMA user_version = 7;
+PRAGMA user_version = 8;

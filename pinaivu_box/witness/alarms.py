@@ -52,7 +52,9 @@ class Alarms:
         return {each.id: each.document for each in self.all.values() if each.kind == "fork"}
 
     async def add_evidence(self, document: bytes) -> None:
-        """Keep evidence of a fork, whoever brings it.  Raises NoteError if it proves none."""
+        """Keep evidence of a fork, whoever brings it, and nothing that came with it.  Raises
+        NoteError if it proves none."""
+        document = evidence.normalised(document)
         first, second = evidence.read(document)
         detail = (
             f"{first.node_id} {FORKED}: it has signed checkpoints of {first.size} and "
