@@ -29,6 +29,7 @@ class Commands:
         self._folder = folder
         self._names = {ADDRESS: box.url, KEY: box.key, **names}
         self._environment = {
+            "HOME": str(folder),
             "PINAIVU_HOME": str(box.home),
             "PINAIVU_API_KEY": box.key,
             "PINAIVU_BACKUP_PASSPHRASE": "correct horse battery staple",
@@ -48,9 +49,8 @@ class Commands:
         return self._run_process(["sh", "-ec", text], block)
 
     def filled_in(self, text: str) -> str:
-        for printed, value in self._names.items():
-            text = text.replace(printed, value)
-        return text
+        any_name = "|".join(map(re.escape, self._names))
+        return re.sub(any_name, lambda found: self._names[found[0]], text)
 
     def run_line(self, line: str) -> str:
         """A command of `pinaivu`, in this process, in the folder."""
