@@ -63,7 +63,6 @@ PRINTED = {
     ("docs/verifying.md", f"{_VERIFY} --node-key NODE_KEY"): ("trusted key",),
     ("docs/verifying.md", f"{_VERIFY} --request request.json --answer answer.json"): ("answer",),
     ("docs/verifying.md", _AUDIT): ("agrees",),
-    ("docs/faq.md", "from openai import OpenAI"): ("smollm2:135m",),
 }  # fmt: skip
 CONFIG = """
 [engine]
