@@ -135,6 +135,8 @@ def test_a_page_is_followed(box: Box, tmp_path: Path, ran: set[str], page: str) 
 
 
 def test_every_block_is_run_or_exempt() -> None:
+    friends = {one.language for one in blocks("docs/friends.md") if not one.indented}
+    assert friends <= NOT_COMMANDS  # its indented blocks: tests/peering/test_friends_page.py
     languages = {
         block.language for page in FOLLOWED for block in blocks(page) if not block.indented
     }
