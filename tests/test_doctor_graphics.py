@@ -15,30 +15,13 @@ from pinaivu_box.doctor.graphics import Seen, judge
 from pinaivu_box.engine.messages import GgmlBackend
 from pinaivu_box.nvml import GpuStatus
 from tests.support import fake_gpu
+from tests.support.gpu_machines import AMD, INTEL, NVIDIA, VIRTUAL, machine
 from tests.support.process_box import pinaivu
 
 MIB = 2**20
-DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\n"
-NVIDIA, AMD, INTEL, VIRTUAL = "0x10de", "0x1002", "0x8086", "0x1234"
 CPU = Device("CPU", "A processor", "cpu", total=8 << 30, free=4 << 30)
 LIBCUDA = "libcuda.so.1"
 NO_CUBLAS = GgmlBackend("cuda", problem="libcublas.so.13: not found", missing="libcublas.so.13")
-
-
-def machine(root: Path, *vendors: str, driver: str = "", nodes: bool = True) -> Path:
-    """A root with these cards, and NVIDIA's driver of that version."""
-    for number, vendor in enumerate(vendors, 1):
-        folder = root / f"sys/bus/pci/devices/0000:0{number}:00.0"
-        folder.mkdir(parents=True)
-        for name, text in {"vendor": vendor, "class": "0x030200", "device": "0x2504"}.items():
-            (folder / name).write_text(f"{text}\n")
-    if driver:
-        (root / "proc/driver/nvidia").mkdir(parents=True)
-        (root / "proc/driver/nvidia/version").write_text(DRIVER.format(driver))
-    if driver and nodes:
-        (root / "dev").mkdir()
-        (root / "dev/nvidia0").touch()
-    return root
 
 
 def gpu(name: str = "CUDA0", slot: int = 1, **more: object) -> Device:

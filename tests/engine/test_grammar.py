@@ -172,7 +172,7 @@ def test_each_keyword_that_cannot_be_followed_is_named_and_listed(keyword: str) 
     text = json.dumps({**base, keyword: NOT_FOLLOWED[keyword]})
     refused = said([constrained("r", Constraint("json_schema", text))]).refused["r"]
     assert re.sub("^(min|max)", "", keyword) in refused.message
-    assert f"`{keyword}`" in (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"`{keyword}`" in (Path(__file__).parents[2] / "docs/api.md").read_text()
 
 
 def test_deeply_nested_schemas_are_refused_or_followed() -> None:
