@@ -11,6 +11,7 @@ import msgspec
 
 from pinaivu_box.config import LogConfig
 from pinaivu_box.errors import quoted
+from pinaivu_box.terminal_log import TerminalFormatter
 from pinaivu_box.text import utc_text
 
 _MAX_VALUE_CHARS = 400
@@ -52,8 +53,11 @@ def _shown(value: Any) -> str:
 def configure(config: LogConfig) -> None:
     """Log to stderr; stdout is for the output of commands."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if config.format == "json" else _TextFormatter())
+    text = TerminalFormatter() if sys.stderr.isatty() else _TextFormatter()
+    handler.setFormatter(_JsonFormatter() if config.format == "json" else text)
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
     # At debug, aiosqlite logs each statement and asyncio each slow callback; httpx each request.
-    for noisy in ("aiosqlite", "asyncio", "httpx", "httpcore"):
+    for noisy in ("aiosqlite", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of clients that have left, it warns "socket.send() raised exception".
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

@@ -46,6 +46,7 @@ ROOMS = (
     "policy_bounds",
     "identity",
     "log",
+    "terminal_log",
     "logs",
     "openai",
     "models",
