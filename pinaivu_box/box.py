@@ -309,7 +309,7 @@ def not_served_in(catalog: Catalog) -> list[NotServed]:
 async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
     """A box on that home, which no other server uses at the same time.  Raises CliError."""
     with lock(prepare_home(home)):
-        async with database_of(home) as database:
+        async with database_of(home, locked=True) as database:
             await responses.fail_unfinished(database)
             config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)

@@ -13,6 +13,7 @@ import msgspec
 from pinaivu_box.config import LogConfig
 from pinaivu_box.errors import quoted
 from pinaivu_box.systemd.journal import JournalHandler, is_journal
+from pinaivu_box.terminal_log import TerminalFormatter
 from pinaivu_box.text import utc_text
 
 _MAX_VALUE_CHARS = 400
@@ -61,11 +62,16 @@ def _shown(value: Any) -> str:
 def configure(config: LogConfig) -> None:
     """Log to stderr, or with fields to the journal if that reads it; stdout is for the output of
     commands."""
-    in_journal = is_journal(2)
-    handler: logging.Handler = JournalHandler() if in_journal else logging.StreamHandler(sys.stderr)
-    text = _MessageFormatter() if in_journal else _TextFormatter()
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    text: logging.Formatter = _TextFormatter()
+    if is_journal(2):
+        handler, text = JournalHandler(), _MessageFormatter()
+    elif sys.stderr.isatty():
+        text = TerminalFormatter()
     handler.setFormatter(_JsonFormatter() if config.format == "json" else text)
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
     # At debug, aiosqlite logs each statement and asyncio each slow callback; httpx each request.
-    for noisy in ("aiosqlite", "asyncio", "httpx", "httpcore"):
+    for noisy in ("aiosqlite", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of clients that have left, it warns "socket.send() raised exception".
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

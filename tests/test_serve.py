@@ -597,7 +597,8 @@ def test_the_log_has_one_line_a_request_and_nothing_private(new_box: NewBox) -> 
     assert all({"time", "level", "message"} <= set(line) for line in lines)
     for answer, model in ((plain, "fake:1"), (real, MODEL)):
         (line,) = [line for line in lines if line.get("request_id") == answer["request_id"]]
-        assert line["key"].startswith("key_")
+        assert line["key"].startswith("key_") and line["key_name"] == "first key"
+        assert line["served_by"] == "here" and line["tokens_per_s"] > 0
         assert (line["model"], line["status"]) == (model, 200)
         assert line["prompt_tokens"] == answer["usage"]["prompt_tokens"]
         assert line["completion_tokens"] == answer["usage"]["completion_tokens"]

@@ -89,7 +89,7 @@ def _collect(home: Path, copy: Path) -> tuple[Manifest, dict[str, OpenFile]]:
     """The manifest, and an open file for each of its parts."""
     integrity.copy(home / DATABASE, copy)
     integrity.make_backup_of(copy)
-    schema = integrity.check(copy, f"The database of {home}", alone=True)
+    schema = integrity.check(copy, f"The database of {home}", alone=True, home=home)
     files: dict[str, OpenFile] = {
         name: io.BytesIO((home / name).read_bytes())
         for name in NAMES

@@ -55,7 +55,7 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
         with file.open("rb") as opened:
             source = _source(opened, passphrase)
             manifest = archive.read_manifest(source)
-            CURRENT.check_version(manifest.schema, "its database")
+            CURRENT.check_version(manifest.schema, "its database", program=manifest.version)
             with contextlib.closing(lock(prepare_home(home))):
                 _refuse_occupied(home, force)
                 _stage(source, manifest, home)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import all_option, standard_options
@@ -74,7 +75,7 @@ def ls(call: Call, limit: int) -> None:
 
 @accounts.command()
 @standard_options()
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 @stdin_option
 def passwd(call: Call, name: str, password_stdin: bool) -> None:
     """Set the password of an account."""
@@ -96,7 +97,7 @@ def passwd(call: Call, name: str, password_stdin: bool) -> None:
 
 @accounts.command()
 @standard_options()
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 def rm(call: Call, name: str) -> None:
     """Remove an account and revoke its keys; its usage stays on record."""
     from pinaivu_box.store import accounts
@@ -114,7 +115,7 @@ def rm(call: Call, name: str) -> None:
 
 @accounts.command("link-oidc")
 @standard_options(config=True)
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 @click.argument("subject")
 def link_oidc(call: Call, name: str, subject: str) -> None:
     """Let a person log in to an account by single sign-on.
@@ -141,7 +142,7 @@ def link_oidc(call: Call, name: str, subject: str) -> None:
 
 @accounts.command("unlink-oidc")
 @standard_options()
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 def unlink_oidc(call: Call, name: str) -> None:
     """Let nobody log in to an account by single sign-on, and end its sessions."""
     from pinaivu_box.store import account_identities, accounts
@@ -160,7 +161,7 @@ def unlink_oidc(call: Call, name: str) -> None:
 
 @accounts.command()
 @standard_options()
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def erase(call: Call, name: str, yes: bool) -> None:
     """Erase an account: its chats, memories, responses, transcripts and sessions.
@@ -202,7 +203,7 @@ def _password(from_stdin: bool) -> str:
 
 @accounts.command()
 @standard_options(config=True)
-@click.argument("name")
+@click.argument("name", shell_complete=suggestions.accounts)
 def link(call: Call, name: str) -> None:
     """Make a one-time link that sets the password of an account.
 

@@ -19,6 +19,7 @@ from pinaivu_box.bench.report import document, notes, rows
 from pinaivu_box.bench.run import RunPlan, Tenant
 from pinaivu_box.bench.target import BenchTarget
 from pinaivu_box.bench.workload import Lengths, Workload
+from pinaivu_box.cli import colours
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import own_server_context
 from pinaivu_box.cli.options import standard_options
@@ -98,7 +99,6 @@ async def _measure(
     On a terminal, standard error shows the requests of the run and the speed of completed runs.
     """
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -106,7 +106,7 @@ async def _measure(
         progress.TextColumn("{task.completed:.0f} requests"),
         progress.TimeElapsedColumn(),
     )
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = colours.console(stderr=True)
     terminal = sys.stderr.isatty()
     runs = []
     # Drawn rarely: drawing must not disturb the measurement.

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request_or_open
 from pinaivu_box.cli.options import standard_options
@@ -13,7 +14,7 @@ from pinaivu_box.cli.options import standard_options
 
 @click.command()
 @standard_options(config=True)
-@click.argument("model")
+@click.argument("model", shell_complete=suggestions.models)
 @click.argument("alias")
 def cp(call: Call, model: str, alias: str) -> None:
     """Make ALIAS another name of MODEL; nothing is copied.

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import colours
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_checks
@@ -22,14 +23,13 @@ def doctor(call: Call) -> None:
     The server may be running.  Nothing is changed.  Model files are read completely.  Exits with 1
     if a check failed.
     """
-    from rich.console import Console
 
     from pinaivu_box.doctor.examine import examine
 
     # The checks say all there is to say.
     logging.getLogger("pinaivu").addHandler(logging.NullHandler())
     call = call._replace(home=call.home.expanduser().absolute())
-    with Console(stderr=True).status("") as status:
+    with colours.console(stderr=True).status("") as status:
         checks = list(
             examine(call.home, call.config, lambda name: status.update(f"checking: {name}"))
         )

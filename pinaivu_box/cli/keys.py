@@ -9,6 +9,7 @@ from typing import Any
 import click
 from msgspec import UNSET, to_builtins
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
@@ -160,7 +161,7 @@ def ls(call: Call, account: str | None, limit: int) -> None:
 
 @keys.command()
 @standard_options()
-@click.argument("key")
+@click.argument("key", shell_complete=suggestions.keys)
 def show(call: Call, key: str) -> None:
     """Show a key and all its settings, without its secret."""
     from pinaivu_box.store import keys
@@ -171,7 +172,7 @@ def show(call: Call, key: str) -> None:
 @add_policy_options
 @keys.command()
 @standard_options(config=True)
-@click.argument("key")
+@click.argument("key", shell_complete=suggestions.keys)
 @click.option("--name", help="What the key is for.")
 @click.option("--expires", metavar="DURATION", help="New lifetime from now, for example 30d.")
 @click.option("--block", metavar="REASON", help="Refuse its requests until --unblock.")
@@ -221,7 +222,7 @@ def edit(
 
 @keys.command()
 @standard_options()
-@click.argument("key")
+@click.argument("key", shell_complete=suggestions.keys)
 @click.option(
     "--overlap",
     metavar="DURATION",
@@ -252,7 +253,7 @@ def rotate(call: Call, key: str, overlap: str | None) -> None:
 
 @keys.command()
 @standard_options()
-@click.argument("key")
+@click.argument("key", shell_complete=suggestions.keys)
 @click.option("--now", is_flag=True, help="Stop its running requests too.")
 def revoke(call: Call, key: str, now: bool) -> None:
     """Revoke a key permanently."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.evidence import evidence_of, print_checks
@@ -105,7 +106,7 @@ def ledger(context: click.Context, call: Call) -> None:
 
 @ledger.command()
 @standard_options(wide=True)
-@click.argument("peer", required=False)
+@click.argument("peer", required=False, shell_complete=suggestions.peers)
 def disproofs(call: Call, peer: str | None) -> None:
     """List what audits of PEER have proven false (of all without it).
 
@@ -157,7 +158,7 @@ def check_evidence(call: Call, file: Path) -> None:
 
 @ledger.command()
 @standard_options(wide=True)
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
 @limit_option
 def show(call: Call, peer: str, statement: str | None, limit: int) -> None:
@@ -182,7 +183,7 @@ def show(call: Call, peer: str, statement: str | None, limit: int) -> None:
 
 @ledger.command()
 @standard_options()
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 def settle(call: Call, peer: str) -> None:
     """Settle with PEER: compare the ledgers, and sign statements.
 
@@ -198,7 +199,7 @@ def settle(call: Call, peer: str) -> None:
 
 @ledger.command()
 @standard_options()
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 def forgive(call: Call, peer: str) -> None:
     """Write off what PEER was served but has not accepted.
 

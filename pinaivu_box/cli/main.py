@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from pinaivu_box import __version__
+from pinaivu_box.cli import colours
 from pinaivu_box.cli.group import Group
 from pinaivu_box.errors import BoxError
 
@@ -44,6 +47,7 @@ COMMANDS = {
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "service": ("service:service", "Run the box as a service of systemd."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
+    "completion": ("completion:completion", "Let Tab complete commands in bash, zsh or fish."),
     "chat-server": ("serve:chat_server", ""),
 }
 
@@ -59,6 +63,12 @@ class LazyGroup(Group):
         imported = importlib.import_module(f"pinaivu_box.cli.{module}")
         command: click.Command = getattr(imported, attribute)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        items = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        # Not `Group.shell_complete`, which imports all of them for the line.
+        return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, COMMANDS[name][1]) for name in self.list_commands(ctx)]
@@ -76,8 +86,11 @@ def main() -> None:
     """Run the command; an error for users is one line on stderr, never a traceback."""
     # httpx tries to load a command line of its own, and with it Rich: it does without.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+    if "_PINAIVU_COMPLETE" in os.environ:  # the script of a shell asks
+        importlib.import_module("pinaivu_box.cli.completion")
     try:
-        cli.main(prog_name="pinaivu", standalone_mode=False)
+        color = None if colours.are_wanted() else False
+        cli.main(prog_name="pinaivu", standalone_mode=False, color=color)
     except BoxError as error:
         click.echo(f"pinaivu: {error.message}", err=True)
         sys.exit(error.exit_code)

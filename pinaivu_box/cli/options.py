@@ -19,8 +19,10 @@ NONE = "none"  # the value that resets a setting to its default
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _complete_restore(_context: click.Context, _parameter: click.Parameter, home: Path) -> Path:
+def _complete_restore(context: click.Context, _parameter: click.Parameter, home: Path) -> Path:
     """Finish a restore that was interrupted, before anything in the home is read."""
+    if context.resilient_parsing:  # a shell completes the command: nothing is done yet
+        return home
     try:
         interrupted = (home / "restore.ready").is_dir()
     except OSError:  # the command reports what is wrong with the home

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from msgspec import convert
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
@@ -112,7 +113,7 @@ def ls(call: Call, why: bool) -> None:
 
 @peers.command()
 @standard_options(wide=True)
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 def show(call: Call, peer: str) -> None:
     """Show a peer, what it offers, and its limits on this box."""
     _print_peer(call, request(call.home, path_of(_PATH, peer)))
@@ -120,7 +121,7 @@ def show(call: Call, peer: str) -> None:
 
 @peers.command()
 @standard_options(config=True)
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 @click.option("--name", metavar="TEXT", help="Its name on this box; other boxes do not see it.")
 @click.option(
     "--model", "models", multiple=True, metavar="GLOB", help="Models that it may use.  Repeatable."
@@ -151,7 +152,7 @@ def edit(
 
 @peers.command()
 @standard_options(config=True)
-@click.argument("peer")
+@click.argument("peer", shell_complete=suggestions.peers)
 @click.option("--reason", default="", help="Shown to all members.")
 def rm(call: Call, peer: str, reason: str) -> None:
     """Remove a box from the network permanently.
@@ -221,7 +222,7 @@ def discover(call: Call, seconds: float) -> None:
 
 @peers.command()
 @standard_options(config=True)
-@click.argument("peer", required=False)
+@click.argument("peer", required=False, shell_complete=suggestions.peers)
 def doctor(call: Call, peer: str | None) -> None:
     """Check why peers cannot be reached or used.
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import click
 import msgspec
 
+from pinaivu_box.cli import colours, suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import stream
 from pinaivu_box.cli.options import standard_options
@@ -22,7 +23,7 @@ _PULL_SECONDS = 660.0
 
 @click.command()
 @standard_options()
-@click.argument("model")
+@click.argument("model", shell_complete=suggestions.known_models)
 @click.option(
     "--from", "source", metavar="PEER|any", default="", help="Copy it from this peer, or from any."
 )
@@ -72,7 +73,6 @@ class PullBar:
 
     def __init__(self, model: str) -> None:
         from rich import progress
-        from rich.console import Console
 
         columns = (
             progress.TextColumn("{task.description}", markup=False),
@@ -81,7 +81,7 @@ class PullBar:
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )
-        console = Console(stderr=True)
+        console = colours.console(stderr=True)
         self._bar = progress.Progress(*columns, console=console, disable=not sys.stderr.isatty())
         self._task = self._bar.add_task(f"{model} asking", total=None)
 

@@ -15,6 +15,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.receipt_log.examine import ExaminedReceipt, LogFinding
 from pinaivu_box.receipts.receipt import view
 from pinaivu_box.receipts.verify import verify_receipt
+from pinaivu_box.store import integrity
 
 
 class Verified(Struct, frozen=True):
@@ -28,6 +29,7 @@ class Verified(Struct, frozen=True):
 def verify_all(call: Call) -> None:
     """Print what is wrong; exits with 1 if anything is."""
     try:
+        integrity.check_version(call.home)
         examination = receipt_log.examined(call.home, check_all)
     except sqlite3.Error as error:
         raise CliError(f"The database of {call.home} cannot be read: {error}.") from error

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import click
 import msgspec
 
+from pinaivu_box.cli import colours
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -115,11 +117,8 @@ def money(amounts: Mapping[str, str]) -> str:
 
 
 def _console(*, wide: bool = False) -> Console:
-    """Names are printed as they are, even if they look like rich's markup."""
-    from rich.console import Console
-
     width = _UNLIMITED_WIDTH if wide or not sys.stdout.isatty() else None
-    return Console(width=width, markup=False, emoji=False, highlight=False)
+    return colours.console(width=width)
 
 
 def _text(cell: str | Text) -> Text:

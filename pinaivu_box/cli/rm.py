@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request_or_open
 from pinaivu_box.cli.options import standard_options
@@ -18,7 +19,9 @@ from pinaivu_box.text import megabytes
 
 @click.command()
 @standard_options(config=True)
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument(
+    "names", nargs=-1, shell_complete=suggestions.models, required=True, metavar="NAME..."
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(call: Call, names: tuple[str, ...], yes: bool) -> None:
     """Delete models from the models folder, or aliases.

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.chat.conversation import TerminalConversation
 from pinaivu_box.cli.chat.server import ChatServer, key_of
@@ -22,7 +23,7 @@ from pinaivu_box.tls.pinned import context_for
 
 @click.command()
 @standard_options(json=False, config=True)
-@click.argument("model")
+@click.argument("model", shell_complete=suggestions.models)
 @click.argument("prompt", nargs=-1)
 @click.option(
     "--set",

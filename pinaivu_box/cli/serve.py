@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +15,9 @@ from typing import Any
 
 import click
 
-from pinaivu_box import __version__
 from pinaivu_box.cli import first_model
-from pinaivu_box.cli.addresses import login_url, url_of
+from pinaivu_box.cli.addresses import is_local, login_url, other_urls, url_of
+from pinaivu_box.cli.banner import banner
 from pinaivu_box.cli.banner_devices import describe_devices
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.chat.server import KEY_NAME
@@ -30,8 +29,6 @@ from pinaivu_box.errors import UsageError
 log = logging.getLogger("pinaivu.serve")
 
 _MAX_NOT_SERVED = 20  # files that are named at the start
-_MODELS_COLUMN = 12  # of the banner
-_MAX_MODEL_LINES = 4
 
 
 @click.command()
@@ -140,6 +137,8 @@ async def _serve(
                         names,
                         secret,
                         devices,
+                        others=other_urls(config.server, port),
+                        on_lan=not is_local(config.server),
                         fingerprint=certificate.fingerprint if certificate else "",
                         self_signed=certificate.cert if certificate and config.server.tls else None,
                         link=link,
@@ -201,67 +200,3 @@ async def _first_key(database: Any) -> str | None:
     draft = new_keys.Draft("first key", accounts.OWNER, Policy(scopes=ADMIN_SCOPES))
     _, secret = await new_keys.create(database, draft, Actor("first start", "local"))
     return secret
-
-
-def banner(
-    url: str,
-    home: Path,
-    models: list[str],
-    secret: str | None,
-    devices: str = "",
-    *,
-    fingerprint: str = "",
-    self_signed: Path | None = None,
-    link: str = "",
-) -> str:
-    """`fingerprint` is that of the certificate, empty without TLS; `self_signed` the file of one
-    that the box has made, which no client knows by itself; `link` the one-time link for the first
-    login."""
-    base = url + "/v1"
-    key = secret or "$PINAIVU_API_KEY"
-    device_line = f"\n  Devices   {devices}" if devices else ""
-    key_line = f"\n  API key   {secret}   (shown only once: store it now)" if secret else ""
-    python_key = f'"{secret}"' if secret else 'os.environ["PINAIVU_API_KEY"]'
-    tls_line = ""
-    if self_signed is not None:
-        tls_line = f"\n  TLS       clients need {self_signed} (curl --cacert, SSL_CERT_FILE)"
-    if fingerprint:  # in two lines, as it has 95 characters
-        tls_line += f"\n  SHA-256   {fingerprint[:47]}\n            {fingerprint[48:]}"
-    link_line = f"\n  Log in    {link}   (works once, for 15 minutes)" if link else ""
-    imports = "" if secret else "    import os\n"
-    model = models[0] if models else "MODEL"
-    return f"""Pinaivu Box {__version__}
-
-  Base URL  {base}{tls_line}{key_line}{link_line}
-  Models    {_listed(models) or f"none: put a GGUF file into {home / 'models'}"}
-  Home      {home}{device_line}
-
-Try it with curl:
-
-    curl {base}/chat/completions \\
-      -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
-      -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-
-or with Python (pip install openai):
-
-{imports}    from openai import OpenAI
-    client = OpenAI(base_url="{base}", api_key={python_key})
-    answer = client.chat.completions.create(
-        model="{model}", messages=[{{"role": "user", "content": "Hello!"}}]
-    )
-    print(answer.choices[0].message.content)
-"""
-
-
-def _listed(models: list[str]) -> str:
-    """As many models as fit the lines of the banner, and how many more there are."""
-    width = 80 - _MODELS_COLUMN
-    lines = textwrap.wrap(
-        ", ".join(models[: width * _MAX_MODEL_LINES]),
-        width,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )[:_MAX_MODEL_LINES]
-    if more := len(models) - sum(len(line.removesuffix(",").split(", ")) for line in lines):
-        lines.append(f"and {more} more ('pinaivu ls' lists them)")
-    return f"\n{' ' * _MODELS_COLUMN}".join(lines)

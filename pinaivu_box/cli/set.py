@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request_or_open
 from pinaivu_box.cli.options import standard_options
@@ -22,7 +23,7 @@ _WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "o
 
 @click.command("set")
 @standard_options(config=True)
-@click.argument("model")
+@click.argument("model", shell_complete=suggestions.models)
 @click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--reset", is_flag=True, help="Reset all other settings of the model.")
 def set_(call: Call, model: str, settings: tuple[str, ...], reset: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request
 from pinaivu_box.cli.fit import fit_here, print_fit
@@ -28,7 +29,7 @@ _INDENT = " " * len("Quantisation  ")
 
 @click.command()
 @standard_options(config=True)
-@click.argument("model")
+@click.argument("model", shell_complete=suggestions.models)
 @click.option("--license", "license_", is_flag=True, help="Print the text of its licence instead.")
 @click.option("--fit", is_flag=True, help="Show where it would go now, and what would be left.")
 def show(call: Call, model: str, license_: bool, fit: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request
 from pinaivu_box.cli.options import standard_options
@@ -16,7 +17,9 @@ _SECONDS = 60.0  # an engine that does not end is killed before
 
 @click.command()
 @standard_options()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument(
+    "names", nargs=-1, shell_complete=suggestions.models, required=True, metavar="NAME..."
+)
 def stop(call: Call, names: tuple[str, ...]) -> None:
     """Unload models from the memory of the running box.
 

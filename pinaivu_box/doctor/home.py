@@ -125,7 +125,7 @@ def database(home: Path) -> Check:
     if not path.exists():
         return Check("database", "ok", "none yet: the first start creates it")
     try:
-        version = integrity.check(path, str(path))
+        version = integrity.check(path, str(path), home=home)
     except SchemaUnsupported as error:
         return of_error("database", error.message)
     except DatabaseUnusable as error:

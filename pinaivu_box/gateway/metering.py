@@ -46,6 +46,10 @@ class Meter:
         self._identity = identity
         self._database = database
 
+    @property
+    def node_id(self) -> str:
+        return self._identity.node_id
+
     async def record(self, record: RequestRecord, finish_reason: str, key: Key) -> None:
         """Sign and write; returns when usage, receipt, the transcript (if one is kept) and the
         key's counters are on disk."""

@@ -274,3 +274,12 @@ class RequestRecord:
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed after the first token until now, of all choices together; None if there are too
+        few tokens to say."""
+        tokens, seconds = self.completion_tokens, 0.0
+        if self.ttft_ms is not None:
+            seconds = (self.elapsed_ms() - self.ttft_ms) / 1000
+        return round((tokens - 1) / seconds, 1) if tokens > 1 and seconds > 0 else None

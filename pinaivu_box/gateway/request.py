@@ -26,10 +26,11 @@ from pinaivu_box.gateway.backend import Event, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
-from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
+from pinaivu_box.gateway.records import ChoiceRecord, LegRecord, RequestRecord
 from pinaivu_box.receipts.receipt import STATISTICAL
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.keys import Key
+from pinaivu_box.transport import wire
 
 log = logging.getLogger("pinaivu.request")
 
@@ -146,8 +147,36 @@ class Request:
             last = Failed(self._refused)
         self._say(last)
         self.status = _status(last, left=self.cancelled and self._refused is None)
-        _log(record, self.status)
+        self._log()
         return last
+
+    def _log(self) -> None:
+        """One line, when it has ended: JSON has all of it, `terminal_log` what fits a terminal."""
+        record = self.record
+        fields = {
+            "request_id": record.job.request_id,
+            "key": record.key_id,
+            "key_name": self.key.name or None,
+            "model": record.job.model.id,
+            "status": self.status,
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "completion_tokens": record.completion_tokens,
+            "tokens_per_s": record.tokens_per_s,
+            "legs": len(record.served),
+            "served_by": ",".join(dict.fromkeys(map(self._place, record.served))) or None,
+            "queue_ms": record.queue_ms,
+            "ttft_ms": record.ttft_ms,
+            "total_ms": record.elapsed_ms(),
+        }
+        log.info("request", extra={"fields": fields})
+
+    def _place(self, leg: LegRecord) -> str:
+        """Who served a leg: "here", a peer, or an upstream by its name."""
+        started = leg.started
+        if started.upstream is not None:
+            return started.upstream.upstream
+        return "here" if started.node_id == self._meter.node_id else wire.short(started.node_id)
 
     async def _wait_for_turn(self) -> None:
         """For a place among the requests of the same key."""
@@ -234,27 +263,6 @@ def _status(last: RequestEvent, *, left: bool) -> int:
     if isinstance(last, Failed):
         return 499 if left else last.error.status
     return 499 if isinstance(last, Finished) and last.finish_reason == "cancelled" else 200
-
-
-def _log(record: RequestRecord, status: int) -> None:
-    log.info(
-        "request",
-        extra={
-            "fields": {
-                "request_id": record.job.request_id,
-                "key": record.key_id,
-                "model": record.job.model.id,
-                "status": status,
-                "prompt_tokens": record.prompt_tokens,
-                "cached_tokens": record.cached_tokens,
-                "completion_tokens": record.completion_tokens,
-                "legs": len(record.served),
-                "queue_ms": record.queue_ms,
-                "ttft_ms": record.ttft_ms,
-                "total_ms": record.elapsed_ms(),
-            }
-        },
-    )
 
 
 def too_late(wait: float, timeout: float) -> TooLate:

@@ -101,6 +101,7 @@ class AccessLog:
                 fields = {
                     "request_id": request_id,
                     "key": key.id if key else None,
+                    "key_name": (key.name or None) if key else None,
                     "method": scope["method"],
                     "path": _SECRET.sub("...", path)[:_MAX_PATH_CHARACTERS],
                     "status": status,

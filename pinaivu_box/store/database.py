@@ -23,7 +23,7 @@ from typing import Any
 import aiosqlite
 
 from pinaivu_box.errors import DatabaseUnusable
-from pinaivu_box.store.schema import CURRENT, Schema, prepare, refuse_foreign
+from pinaivu_box.store.schema import CURRENT, BackUp, Schema, prepare, refuse_foreign
 
 SqlStatement = tuple[str, Sequence[Any]]
 Row = sqlite3.Row
@@ -54,11 +54,14 @@ _PERSISTENT_ERRORS = {
 
 
 class Database:
-    """Use as an async context manager, or `open` and `close`."""
+    """Use as an async context manager, or `open` and `close`.
 
-    def __init__(self, path: Path, schema: Schema = CURRENT) -> None:
+    `back_up` is called before the file is migrated from one version of the schema to another.
+    """
+
+    def __init__(self, path: Path, schema: Schema = CURRENT, back_up: BackUp | None = None) -> None:
         self.path = path
-        self._schema = schema
+        self._schema, self._back_up = schema, back_up
         self._writer: aiosqlite.Connection
         self._reader: aiosqlite.Connection
         self._scanner: aiosqlite.Connection
@@ -81,12 +84,13 @@ class Database:
         return self._failure is not None
 
     async def open(self) -> None:
-        """Create the file if it does not exist.  Raises DatabaseUnusable."""
+        """Create the file if it does not exist.  Raises DatabaseUnusable, and CliError if it must
+        be migrated and cannot be backed up before."""
         # Created here for its mode, which SQLite's other files take from it.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         async with contextlib.AsyncExitStack() as connections:
             self._writer = await connections.enter_async_context(_connected(self.path))
-            await prepare(self._writer, self.path, self._schema)
+            await prepare(self._writer, self.path, self._schema, self._back_up)
             await self._writer.execute("PRAGMA foreign_keys = ON")
             # What is deleted is overwritten: chats that are gone are gone.
             await self._writer.execute("PRAGMA secure_delete = ON")

@@ -28,14 +28,15 @@ def reading(path: Path, *, alone: bool = False) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def check(path: Path, name: str, *, alone: bool = False) -> int:
+def check(path: Path, name: str, *, alone: bool = False, home: Path | None = None) -> int:
     """Read the whole file; returns the version of its schema.
 
-    Raises DatabaseUnusable, in whose message the file is called `name`.
+    Raises DatabaseUnusable, in whose message the file is called `name`.  `home` is the one that it
+    is of.
     """
     try:
         with reading(path, alone=alone) as connection:
-            version = _version(connection, name)
+            version = _version(connection, name, home)
             problems = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
             strays = connection.execute("PRAGMA foreign_key_check").fetchmany(10)
     except sqlite3.Error as error:
@@ -51,12 +52,20 @@ def check(path: Path, name: str, *, alone: bool = False) -> int:
     return version
 
 
-def _version(connection: sqlite3.Connection, name: str) -> int:
+def check_version(home: Path) -> None:
+    """Refuse a database of a version that is not read.  Raises DatabaseUnusable, sqlite3.Error."""
+    path = home / "pinaivu.db"
+    if path.exists():
+        with reading(path) as connection:
+            _version(connection, str(path), home)
+
+
+def _version(connection: sqlite3.Connection, name: str, home: Path | None) -> int:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
         raise DatabaseUnusable(f"{name} is no database of Pinaivu Box.")
-    CURRENT.check_version(version, name)
+    CURRENT.check_version(version, name, home=home)
     return int(version)
 
 

@@ -7,14 +7,18 @@ before.  A migration is never changed once it is released: a later one corrects 
 
 from __future__ import annotations
 
+import asyncio
+import shlex
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import aiosqlite
 
+from pinaivu_box import __version__
 from pinaivu_box.errors import DatabaseUnusable, SchemaUnsupported
+from pinaivu_box.store import migration_backups
 
 # "pnvB": tells our files from any other SQLite database.
 APPLICATION_ID = 0x706E7642
@@ -307,15 +311,22 @@ class Schema(NamedTuple):
     def version(self) -> int:
         return self.oldest + len(self.migrations)
 
-    def check_version(self, version: int, name: str) -> None:
+    def check_version(
+        self, version: int, name: str, *, home: Path | None = None, program: str = ""
+    ) -> None:
         """Refuse a file of a version that is not read, which the error calls `name`.
+
+        `home` may have a backup from before the upgrade; `program` is the version of the program
+        that wrote the file, if it is known.
 
         Raises SchemaUnsupported.
         """
         if version > self.version:
+            by = f" {program}" if program else ""
             raise SchemaUnsupported(
-                f"{name} was written by a newer Pinaivu Box (schema {version}, this program reads "
-                f"up to {self.version}): update the program."
+                f"{name} was written by a newer Pinaivu Box{by} (schema {version}; this is "
+                f"version {__version__}, which reads up to schema {self.version}): install the "
+                f"newer version again, or {self._restorable(home)}."
             )
         if version < self.oldest:
             raise SchemaUnsupported(
@@ -323,6 +334,19 @@ class Schema(NamedTuple):
                 f"{version}, this program reads {self.oldest} and later): start with a new home."
             )
 
+    def _restorable(self, home: Path | None) -> str:
+        backup = None if home is None else migration_backups.readable_by(self.version, home)
+        if home is None or backup is None:
+            return "restore a backup that this version made"
+        command = ["pinaivu", "restore", str(backup), "--home", str(home), "--force"]
+        return (
+            "go back to the backup from before the upgrade, without what came since: "
+            f"{shlex.join(command)}"
+        )
+
+
+# Makes a backup before a migration from one version of the schema to another.
+BackUp = Callable[[int, int], None]
 
 CURRENT = Schema(
     Path(__file__).with_name("schema.sql").read_text(encoding="utf-8"), OLDEST_VERSION, MIGRATIONS
@@ -339,10 +363,13 @@ async def refuse_foreign(connection: aiosqlite.Connection, path: Path) -> None:
         raise DatabaseUnusable(f"{path} is a database of another program: choose another --home.")
 
 
-async def prepare(connection: aiosqlite.Connection, path: Path, schema: Schema) -> None:
-    """Give a new file the schema, and migrate an older one, in one transaction.
+async def prepare(
+    connection: aiosqlite.Connection, path: Path, schema: Schema, back_up: BackUp | None = None
+) -> None:
+    """Give a new file the schema, and migrate an older one, in one transaction.  `back_up` is
+    called before anything of an older file is changed, and nothing is if it raises.
 
-    Raises SchemaUnsupported, DatabaseUnusable.
+    Raises SchemaUnsupported, DatabaseUnusable, and what `back_up` raises.
     """
     # IMMEDIATE: of two processes that open a new file at once, the second waits and finds it done.
     await connection.execute("BEGIN IMMEDIATE")
@@ -353,8 +380,11 @@ async def prepare(connection: aiosqlite.Connection, path: Path, schema: Schema) 
                 await connection.execute(statement)
             await connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         else:
-            schema.check_version(version, str(path))
-            await _migrate(connection, path, schema, version)
+            schema.check_version(version, str(path), home=path.parent)
+            if version < schema.version:
+                if back_up is not None:  # meanwhile nobody else can write: see above
+                    await asyncio.to_thread(back_up, version, schema.version)
+                await _migrate(connection, path, schema, version)
         await connection.execute("COMMIT")
     except BaseException:
         await connection.execute("ROLLBACK")
@@ -364,8 +394,6 @@ async def prepare(connection: aiosqlite.Connection, path: Path, schema: Schema) 
 async def _migrate(
     connection: aiosqlite.Connection, path: Path, schema: Schema, version: int
 ) -> None:
-    if version == schema.version:
-        return
     for migration in schema.migrations[version - schema.oldest :]:
         for statement in migration:
             await connection.execute(statement)

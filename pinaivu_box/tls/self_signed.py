@@ -43,7 +43,7 @@ def ensure(home: Path, names: Sequence[str]) -> tuple[Path, Path]:
     """
     cert, key = home / CERT, home / KEY
     if not _will_do(cert, key, names):
-        wanted = list(dict.fromkeys([*names, *_host_names(), *_lan_addresses()]))
+        wanted = list(dict.fromkeys([*names, *_host_names(), *lan_addresses()]))
         try:
             _make(cert, key, wanted)
         except OSError as error:
@@ -81,7 +81,7 @@ def _host_names() -> list[str]:
     return [name] if _HOST_NAME.fullmatch(name) else []
 
 
-def _lan_addresses() -> list[str]:
+def lan_addresses() -> list[str]:
     """Those of this machine's network adapters, without those that work on one link only."""
     import ifaddr
 

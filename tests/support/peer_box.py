@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.support.in_process_command import run_command
 from tests.support.ports import free_port
-from tests.support.process_box import Box, pinaivu, wait_until
+from tests.support.process_box import Box, environment, pinaivu, wait_until
 
+# Set by tests/before/run_two_versions: the code of an earlier commit, and the boxes that run it.
+OLD_CODE, OLD_BOXES = "PINAIVU_OLD_CODE", "PINAIVU_OLD_BOXES"
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
 FAKE = ("--model", "fake:1=fake:0", "--peering")
 
@@ -22,12 +26,20 @@ class PeerBox(Box):
     def __init__(self, home: Path, name: str, more: str = "", *args: str) -> None:
         super().__init__(home, *FAKE, *args)
         self.name = name
+        if (code := os.environ.get(OLD_CODE)) and is_old(name):
+            self.prefix = ("env", "-C", code)
         home.mkdir(parents=True)
         (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
 
     def _run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """In this process if the box runs: one that a command opens keeps its UDP port as long as
         the process of the command."""
+        if self.prefix:  # its own version's command
+            command = [*self.prefix, sys.executable, "-m", "pinaivu_box", "peers", *args]
+            return subprocess.run(
+                [*command, "--home", str(self.home)],
+                capture_output=True, text=True, check=check, env=environment(),
+            )  # fmt: skip
         runs = hasattr(self, "process") and self.process.poll() is None
         return (run_command if runs else pinaivu)("peers", *args, home=self.home, check=check)
 
@@ -58,6 +70,11 @@ class PeerBox(Box):
 
     def alone(self) -> bool:
         return not [one for one in self.listed().values() if one["state"] == "connected"]
+
+
+def is_old(name: str) -> bool:
+    """Whether the box of that name runs the code of an earlier commit."""
+    return (name == "anna") == (os.environ.get(OLD_BOXES) == "anna")
 
 
 MakePeerBox = Callable[..., PeerBox]

@@ -71,6 +71,13 @@ def pinaivu_json(*args: str, home: Path) -> Any:
 def on_terminal(*args: str, home: Path | None, columns: int = 80) -> tuple[int, str]:
     """Run one command on a terminal of that width; its exit status and what the terminal shows,
     without colours.  Lines that are too long are not folded."""
+    status, shown = raw_on_terminal(*args, home=home, columns=columns)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+    return status, text
+
+
+def raw_on_terminal(*args: str, home: Path | None, columns: int = 80) -> tuple[int, bytes]:
+    """As `on_terminal`, with colours and whatever else a terminal is told."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     done = subprocess.Popen(
@@ -86,8 +93,7 @@ def on_terminal(*args: str, home: Path | None, columns: int = 80) -> tuple[int, 
         while data := os.read(ours, 65536):
             shown += data
     os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
-    return done.wait(300), text
+    return done.wait(300), shown
 
 
 class Box:

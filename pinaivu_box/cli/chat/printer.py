@@ -7,6 +7,8 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+from pinaivu_box.cli import colours
+
 _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
 _FENCE = "```"  # begins and ends code, whose lines are not broken
 _PARTS = re.compile(r"\n| +|[^ \n]+")
@@ -14,11 +16,11 @@ _PARTS = re.compile(r"\n| +|[^ \n]+")
 
 class Printer:
     """Writes to `out`.  With a `width` that is a terminal: lines are broken between words,
-    characters that would control it are left out, and reasoning is dim; otherwise reasoning is left
-    out."""
+    characters that would control it are left out, and reasoning is dim, where it may be; otherwise
+    reasoning is left out."""
 
     def __init__(self, out: TextIO, width: int | None) -> None:
-        self._out, self._width = out, width
+        self._out, self._width, self._styled = out, width, colours.are_wanted()
         self._column = 0
         self._line = ""  # as far as it has come from the model
         self._held = ""  # the beginning of a word, or blanks
@@ -85,7 +87,8 @@ class Printer:
     def _set_dim(self, dim: bool) -> None:
         if dim != self._dim:
             self._release()
-            self._out.write(_DIM if dim else _NORMAL)
+            if self._styled:
+                self._out.write(_DIM if dim else _NORMAL)
             self._dim = dim
 
 
