@@ -9,14 +9,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import httpx
 import msgspec
 
 from pinaivu_box import backoff
 from pinaivu_box.text import number
 from pinaivu_box.tracing.span import Span, Value, export_request
+
+if TYPE_CHECKING:
+    import httpx  # loaded with the first span: most boxes have no collector
 
 log = logging.getLogger("pinaivu.tracing")
 
@@ -93,6 +95,8 @@ class Exporter:
         self._queue.clear()
 
     async def _run(self) -> None:
+        import httpx
+
         async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS) as client:
             while not (self._closing.is_set() and not self._queue):
                 await self._something.wait()
@@ -136,6 +140,8 @@ class Exporter:
         self, client: httpx.AsyncClient, url: str, headers: dict[str, str], content: bytes
     ) -> int:
         """How many spans were rejected.  Raises _Refused."""
+        import httpx
+
         headers = {**headers, "Content-Type": "application/json"}
         try:
             async with (
