@@ -150,6 +150,8 @@ async def test_a_client_that_leaves_while_the_receipt_is_written_finds_it(books:
     settling, go_on = asyncio.Event(), asyncio.Event()
 
     class Slow:
+        node_id = OWN.node_id
+
         async def record(self, *account: Any) -> None:
             settling.set()
             await go_on.wait()
@@ -191,6 +193,8 @@ async def test_a_reservation_ends_however_the_request_ends() -> None:
         ended.append((tokens, cost))
 
     class Broken:
+        node_id = OWN.node_id
+
         async def record(self, *_: Any) -> None:
             raise RuntimeError("a mistake of ours")
 
@@ -339,7 +343,7 @@ class Running:
         self.ended: list[tuple[int, int]] = []
 
     def start(self, timeout: float | None = None, **more: Any) -> Request:
-        key = SimpleNamespace(id="key_1", policy=SimpleNamespace(max_parallel=None))
+        key = SimpleNamespace(id="key_1", name="", policy=SimpleNamespace(max_parallel=None))
         taken = admitted(job(**more), key=key, end=lambda *used: self.ended.append(used))
         return self.requests.start(taken, timeout)
 

@@ -248,6 +248,8 @@ class Listener:
 class Ledger:
     """In place of a meter: what was recorded, and how it ended."""
 
+    node_id = ""
+
     def __init__(self) -> None:
         self.recorded: list[tuple[RequestRecord, str]] = []
 
@@ -290,7 +292,7 @@ def admitted(
     quota = WatchedQuota(end or (lambda tokens, cost: None))
     if not turn:
         quota.reserve(limits)
-    key = key or SimpleNamespace(id="key_1", policy=SimpleNamespace(max_parallel=None))
+    key = key or SimpleNamespace(id="key_1", name="", policy=SimpleNamespace(max_parallel=None))
     return AdmittedRequest(list(jobs), key, Prices("0", "0"), quota.reserve(limits))
 
 
