@@ -349,4 +349,4 @@ def test_without_an_endpoint_nothing_is_sent_and_a_wrong_one_is_told(tmp_path: P
     config.write_text('[tracing]\nendpoint = "collector"\n')
     home = tmp_path / "home"
     done = run_command("serve", "--config", str(config), "--port", "0", home=home, check=False)
-    assert done.returncode == 1 and "tracing.endpoint" in done.stderr
+    assert done.returncode == 78 and "tracing.endpoint" in done.stderr
