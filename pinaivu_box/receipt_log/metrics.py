@@ -35,6 +35,6 @@ class LogMetrics(Collector):
         adoption = self._service.histories.adoption
         yield GaugeMetricFamily(
             "pinaivu_log_adopting",
-            "Whether receipts from before the log, or after the end of one, get their entries (1 or 0).",
+            "Whether receipts from before the log, or after the end of one, get entries (1 or 0).",
             value=int(adoption is not None and not adoption.done),
         )
