@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pinaivu_box.cli.serve import banner
+from pinaivu_box.cli.banner import banner
 from pinaivu_box.models import bundled, folder_watch
 from pinaivu_box.models.folder_watch import FolderWatch
 from tests.support.gguf_files import part, put_split, valid

@@ -54,7 +54,7 @@ class _Filter:
         number = self._library.seccomp_syscall_resolve_name(call.encode())
         if number < 0:
             return
-        array = (_Comparison * len(compared))(*compared)
+        array = (_Comparison * len(compared))(*(_Comparison(*each) for each in compared))
         result = self._library.seccomp_rule_add_array(
             self._context, ctypes.c_uint32(action), number, len(compared), array
         )
@@ -159,7 +159,8 @@ def confine(unit: str) -> list[str]:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no_new_privs")
-    filters, names = [], []
+    filters: list[_Filter] = []
+    names: list[str] = []
     for name, make in _RESTRICTIONS.items():
         if lines := re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE):
             filters += make(lines)
