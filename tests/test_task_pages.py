@@ -32,10 +32,10 @@ EXEMPT = {
     "build/run": "it sets up what these tests run in, and serves until Ctrl-C",
     "build/binary": "compiles an executable; tests/test_binary.py has one",
     "build/test": "it runs these tests",
-    "pinaivu service install              # under systemd, for this user; with sudo for the machine": (
+    "pinaivu service install              # under systemd, for this user; with sudo for all": (
         "needs systemd; tests/test_service.py has it"
     ),
-    "source <(pinaivu completion bash)    # Tab completes commands, keys and models (also zsh, fish)": (
+    "source <(pinaivu completion bash)    # for Tab; also zsh, fish": (
         "for a shell of one's own; tests/test_completion.py runs it"
     ),
     "pinaivu serve": "it serves until Ctrl-C: the box of these tests was started so",
