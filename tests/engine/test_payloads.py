@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pinaivu_box import appended
 from pinaivu_box.engine import payload, unpacked
 from pinaivu_box.engine.payload import PayloadError
 from tests.support.paths import ROOT
@@ -35,8 +36,10 @@ def build(command: str, *arguments: Path | str) -> None:
 
 
 def assembled(executable: Path, *payloads: Path) -> Path:
-    cookie = b"MEI\014\013\012\013\016" + (88).to_bytes(4, "big") + bytes(76)
-    executable.write_bytes(b"\x7fELF" + os.urandom(1000) + cookie)
+    program = executable.with_suffix(".program")
+    program.write_bytes(os.urandom(1000))
+    executable.write_bytes(b"\x7fELF" + os.urandom(1000))
+    appended.append(executable, appended.PROGRAM, program)
     model = executable.with_suffix(".gguf")
     model.write_bytes(b"GGUF" + os.urandom(100_000))
     build("assemble", executable, model, *payloads)
