@@ -301,7 +301,7 @@ def test_a_unit_fits_what_the_box_does(machine: Machine) -> None:
     assert settings["TimeoutStopSec"] == ["330"]
     # The process that systemd starts is the one that notifies it and reloads.
     assert settings.get("NotifyAccess", ["main"]) == ["main"]
-    assert settings["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+    assert settings["ExecReload"] == ['/bin/sh -c "kill -HUP ${MAINPID}"']
     assert settings["OOMPolicy"] == ["continue"]
     # Who cannot start because of what is configured is not started for ever.
     codes = set(settings["RestartPreventExitStatus"][0].split())

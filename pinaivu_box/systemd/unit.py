@@ -110,7 +110,8 @@ def _lines(service: Service) -> Iterator[str]:
     yield "[Service]"
     yield "Type=notify"
     yield f"ExecStart={_command(service)}"
-    yield "ExecReload=/bin/kill -HUP $MAINPID"
+    # The shell's own kill: a minimal system has no other.
+    yield 'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"'
     yield "KillMode=mixed"
     yield f"TimeoutStartSec={_START_SECONDS}"
     yield f"TimeoutStopSec={math.ceil(service.drain_seconds) + _CLOSE_SECONDS}"
