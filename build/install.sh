@@ -125,9 +125,11 @@ check_tools() {
   fi
   [ -n "$PUBLIC_KEY" ] || fail "this script has no release key, so it cannot verify a release: use that of a release, or --sha256."
   # Version 3 is the first that verifies Ed25519 signatures of files on the command line.
-  if ! has openssl || ! openssl pkeyutl -help 2>&1 | grep -q rawin; then
-    fail "OpenSSL 3 or newer is needed to verify the signature of the release: install it (Debian, Ubuntu: apt install openssl), or pass the executable's SHA-256 from the page of the release as --sha256."
-  fi
+  without="pass the executable's SHA-256 from the page of the release, where SHA256SUMS has it, as --sha256"
+  has openssl ||
+    fail "OpenSSL 3 is needed to verify the signature of the release: install it (Debian, Ubuntu: apt install openssl), or $without."
+  openssl pkeyutl -help 2>&1 | grep -q rawin ||
+    fail "OpenSSL 3 is needed to verify the signature of the release, and this system has $(openssl version | cut -d " " -f 1-2) (Debian has version 3 from 12 on, Ubuntu from 22.04 on): $without."
 }
 
 find_platform() {

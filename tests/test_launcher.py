@@ -226,6 +226,29 @@ def test_a_file_system_without_programs_is_passed_over(executable: Path) -> None
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="no mount namespaces here")
+def test_what_is_unpacked_already_needs_no_disk_that_can_be_written(executable: Path) -> None:
+    """As in a container image."""
+    command = """
+        mount -t tmpfs -o mode=0755 none /var/tmp
+        "$0"
+        mount -o remount,ro /var/tmp
+        mount -t tmpfs -o ro none /tmp
+        exec "$0"
+        """
+    with executable.open("rb") as file:  # its path may be below /tmp
+        done = subprocess.run(
+            ["unshare", "-r", "-m", "sh", "-c", command, f"/proc/self/fd/{file.fileno()}"],
+            env={"PATH": os.defpath, "XDG_CACHE_HOME": "/var/tmp"},
+            pass_fds=[file.fileno()],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    first, _, second, _ = done.stdout.splitlines()
+    assert "/var/tmp/pinaivu/program-" in first and f" {FRESH}:" in first
+    assert second.partition(" ")[0] == first.partition(" ")[0] and f" {KEPT}:" in second
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="no mount namespaces here")
 def test_where_there_is_no_safe_folder_it_takes_one_of_its_own(executable: Path) -> None:
     """As in a container whose volumes anybody may write to."""
     done = run_with_mounts(executable, "/tmp:mode=0777", "/var/tmp:mode=0777")

@@ -263,7 +263,7 @@ def test_an_executable_has_to_be_where_it_stays(
     # A service of the system sees no home directory.
     monkeypatch.setattr(executable, "_HOMES", (str(machine.executable.parents[1]),))
     done = machine.run("install", "--system", "--dry-run", check=False)
-    assert done.returncode == 1 and "does not see" in done.stderr
+    assert done.returncode == 1 and f"'install {machine.executable} /usr/local/bin" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,9 @@ def test_a_unit_fits_what_the_box_does(machine: Machine) -> None:
     settings = settings_of(unit_of(machine.install("--dry-run").stdout))
     assert settings["Type"] == ["notify"]
     assert settings["TimeoutStopSec"] == ["330"]
+    # The process that systemd starts is the one that notifies it and reloads.
+    assert settings.get("NotifyAccess", ["main"]) == ["main"]
+    assert settings["ExecReload"] == ['/bin/sh -c "kill -HUP ${MAINPID}"']
     assert settings["OOMPolicy"] == ["continue"]
     # Who cannot start because of what is configured is not started for ever.
     codes = set(settings["RestartPreventExitStatus"][0].split())
@@ -335,6 +338,19 @@ def test_the_home_of_a_system_service(machine: Machine) -> None:
     other = machine.install("--system", "--dry-run", "--home", "/srv/a box").stdout
     assert settings_of(unit_of(other))["ReadWritePaths"] == ['"/srv/a box"']
     assert "install -d -m 0700 -o pinaivu -g pinaivu '/srv/a box'" in other
+
+
+def test_the_services_of_the_system_share_the_cache_that_the_executable_unpacks_into(
+    machine: Machine,
+) -> None:
+    """They have one user, and the launcher goes by XDG_CACHE_HOME (tests/test_launcher.py)."""
+    for args in ((), ("--name", "second"), ("--home", "/srv/box")):
+        unit = unit_of(machine.install("--system", "--dry-run", *args).stdout)
+        settings = settings_of(unit)
+        assert settings["CacheDirectory"] == ["pinaivu"]
+        assert settings["Environment"] == ["XDG_CACHE_HOME=/var/cache/pinaivu"]
+        assert settings["ExecPaths"] == ["/var/cache/pinaivu"]
+    assert "XDG_CACHE_HOME" not in machine.install("--dry-run").stdout
 
 
 def verify(unit: Path, *options: str) -> str:

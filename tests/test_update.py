@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -31,9 +32,11 @@ from tests.support.release_server import (
     status,
     sums_line,
 )
+from tests.support.systemd_programs import SystemdPrograms
 
 NEWER = "9.8.7"
 OLD = fake_executable(__version__)
+NO_UNITS = {"XDG_CONFIG_HOME": "/nowhere"}
 
 
 @pytest.fixture
@@ -60,10 +63,10 @@ def executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def update(
-    server: ReleaseServer, *arguments: str, check: bool = True
+    server: ReleaseServer, *arguments: str, check: bool = True, env: Mapping[str, str] = NO_UNITS
 ) -> subprocess.CompletedProcess[str]:
-    env = {"PINAIVU_RELEASES": server.url}
-    return run_command("update", *arguments, home=None, env=env, check=check)
+    variables = {"PINAIVU_RELEASES": server.url, **env}
+    return run_command("update", *arguments, home=None, env=variables, check=check)
 
 
 def left(executable: Path) -> list[str]:
@@ -117,6 +120,27 @@ def test_apply_replaces_and_rollback_puts_back(server: ReleaseServer, executable
     assert (executable.read_bytes(), previous.read_bytes()) == (OLD, fake_executable(NEWER))
     update(server, "--rollback")
     assert (executable.read_bytes(), previous.read_bytes()) == (fake_executable(NEWER), OLD)
+
+
+def test_an_update_names_the_services_to_restart(
+    server: ReleaseServer, executable: Path, tmp_path: Path
+) -> None:
+    settings = {"XDG_CONFIG_HOME": str(tmp_path / "settings")}
+    environment = {**SystemdPrograms(tmp_path).environment(), **settings}
+    link, other = tmp_path / "link", tmp_path / "other"
+    link.symlink_to(executable)
+    shutil.copy2(executable, other)
+    for name, program in (("box", executable), ("linked", link), ("other", other)):
+        args = ("install", "--user", "--executable", str(program), "--name", name)
+        run_command("service", *args, home=None, env=environment)
+    done = update(server, "--apply", env=settings)
+    _, _, commands = done.stdout.partition("restart it:\n\n")
+    assert [line.strip() for line in commands.splitlines()] == [
+        "systemctl --user restart box",
+        "systemctl --user restart linked",
+    ]
+    back = json.loads(update(server, "--rollback", "--json", env=settings).stdout)
+    assert back["restart"] == ["systemctl --user restart box", "systemctl --user restart linked"]
 
 
 def test_what_a_killed_update_has_left_is_removed_by_a_later_one(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,10 +14,7 @@ from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.errors import UpdateFailed, UsageError
 
-_RESTART = (
-    "A box that is running is still the old one, and can load no further models: restart it "
-    "('systemctl restart pinaivu' if it is a service, with --user if it is a user's)."
-)
+_RESTART = "A box that is running is still the old one, and can load no further models: restart it"
 
 
 @click.command()
@@ -81,7 +81,7 @@ def _roll_back(call: Call) -> None:
     call.print(_facts(own, version), _print_change)
 
 
-def _facts(own: Any, version: str) -> dict[str, str]:
+def _facts(own: Path, version: str) -> dict[str, Any]:
     from pinaivu_box.update import executable
 
     return {
@@ -89,13 +89,36 @@ def _facts(own: Any, version: str) -> dict[str, str]:
         "version": version,
         "previous": str(executable.previous(own)),
         "previous_version": __version__,
+        "restart": _restarts(own),
     }
 
 
-def _print_change(facts: dict[str, str]) -> None:
+def _restarts(own: Path) -> list[str]:
+    """The commands that restart the services which run this executable."""
+    from pinaivu_box.systemd import manager
+
+    as_root = () if os.geteuid() == 0 else ("sudo",)
+    return [
+        shlex.join(
+            (
+                *(as_root if service.system else ()),
+                *manager.systemctl_command(service.system, "restart", service.name),
+            )
+        )
+        for service in manager.all_installed()
+        if os.path.realpath(service.executable) == os.path.realpath(own)
+    ]
+
+
+def _print_change(facts: dict[str, Any]) -> None:
     click.echo(f"{facts['executable']} is {facts['version']} now.")
     click.echo(f"{facts['previous_version']} is {facts['previous']}.")
-    click.echo(_RESTART)
+    if not facts["restart"]:
+        click.echo(f"{_RESTART}.")
+        return
+    click.echo(f"{_RESTART}:\n")
+    for command in facts["restart"]:
+        click.echo(f"    {command}")
 
 
 def _newest(variant: str) -> Any:

@@ -1,8 +1,8 @@
 """Payloads: libraries that came with the executable.
 
-An executable of one file unpacks what it holds at each start.  A backend for GPUs is too large for
-that: it is appended to the executable as a payload, which is unpacked once (see `unpacked`).  A
-payload is
+A backend for GPUs is large, and not every machine needs it: it is no part of the program, which is
+unpacked at the first start, but is appended to the executable as a payload, which is unpacked when
+it is first needed (see `unpacked`).  A payload is
 
     the length of its table (little-endian u32), the table (JSON), the files (one zstd frame)
 

@@ -31,8 +31,8 @@ from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.serve")
 
-# The loader of the executable forwards signals: Ctrl-C, which reaches the whole process group, then
-# arrives twice within this time.
+# Who signals a process and then its group, as timeout(1) does, means one signal: it arrives twice
+# within this time.
 _SAME_SIGNAL_SECONDS = 0.3
 _LINGER_SECONDS = 2.0  # how long a client may go on sending after the end of an answer
 

@@ -62,7 +62,13 @@ def _require_visible(command: tuple[str, ...]) -> None:
             (each for each in (path, path.resolve()) if any(map(each.is_relative_to, _HOMES))), None
         )
         if hidden is not None:
+            target = _TARGETS[True]
+            todo = (
+                "install the package elsewhere, for example below /opt."
+                if package
+                else f"copy it ('install {path} {target}'), and run '{target} service install'."
+            )
             raise CliError(
                 f"{hidden} is in a home directory, which a service of the system does not see: "
-                f"copy the executable to {_TARGETS[True]}."
+                f"{todo}"
             )

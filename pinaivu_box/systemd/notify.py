@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import time
 from collections.abc import MutableMapping
 
@@ -32,7 +31,7 @@ class Notifier:
         process = environ.pop("WATCHDOG_PID", "")
         if not address.startswith(("/", "@")):
             return cls()
-        ours = not process or process in _own_pids()
+        ours = not process or process == str(os.getpid())
         return cls(address, (number(interval) or 0) / 1e6 if ours else 0.0)
 
     def __bool__(self) -> bool:
@@ -70,13 +69,6 @@ class Notifier:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, _DATAGRAM) as sender:
             sender.settimeout(_SEND_SECONDS)
             sender.sendto(text.encode(), self._address)
-
-
-def _own_pids() -> tuple[str, ...]:
-    """The processes that a manager may take for this one: the main process of the executable is
-    its loader, our parent."""
-    frozen = getattr(sys, "frozen", False)
-    return (str(os.getpid()), str(os.getppid())) if frozen else (str(os.getpid()),)
 
 
 def _line(text: str) -> str:

@@ -16,7 +16,7 @@ from pinaivu_box.errors import ConfigurationInvalid, UsageError
 NAME = "pinaivu"
 OURS = "[X-Pinaivu]"  # systemd passes over sections with this prefix
 STATE = Path("/var/lib")
-CACHE = Path("/var/cache")
+CACHE = Path("/var/cache") / NAME  # of the user's, whom all services of the system share
 OLDEST_VERSION = 249  # of systemd: that of Ubuntu 22.04
 
 _BACKOFF_VERSION = 254  # the first with RestartSteps
@@ -109,11 +109,9 @@ def _lines(service: Service) -> Iterator[str]:
     yield ""
     yield "[Service]"
     yield "Type=notify"
-    if len(service.command) == 1:
-        yield "# The main process of the executable is its loader; what it starts is the box."
-    yield "NotifyAccess=all"
     yield f"ExecStart={_command(service)}"
-    yield "ExecReload=/bin/kill -HUP $MAINPID"
+    # The shell's own kill: a minimal system has no other.
+    yield 'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"'
     yield "KillMode=mixed"
     yield f"TimeoutStartSec={_START_SECONDS}"
     yield f"TimeoutStopSec={math.ceil(service.drain_seconds) + _CLOSE_SECONDS}"
@@ -158,8 +156,10 @@ def _of_system(service: Service) -> Iterator[str]:
         yield "StateDirectoryMode=0700"
     else:
         yield f"ReadWritePaths={_quoted(str(service.home))}"
-    yield f"CacheDirectory={service.name}"
-    yield f"Environment=XDG_CACHE_HOME={CACHE / service.name}"
+    yield f"CacheDirectory={CACHE.name}"
+    yield f"Environment=XDG_CACHE_HOME={CACHE}"
+    yield "# The executable is unpacked there, and runs from there."
+    yield f"ExecPaths={CACHE}"
     binds = _FIRST_PRIVILEGED_PORT <= service.listens_at < _FIRST_FREE_PORT
     capability = "CAP_NET_BIND_SERVICE" if binds else ""
     yield f"CapabilityBoundingSet={capability}"
