@@ -300,7 +300,7 @@ def test_a_home_without_a_box_has_no_node_key_and_gets_none(tmp_path: Path) -> N
     ("command", "hint"),
     [
         (["key"], "Did you mean keys?"),
-        (["serv"], "Did you mean serve or search?"),
+        (["serv"], "Did you mean serve or service?"),
         (["model"], ""),
         (["Doctor"], "Did you mean doctor?"),
         (["keys", "lst"], "Did you mean ls?"),

@@ -83,7 +83,7 @@ def test_the_first_link_is_printed_on_a_terminal_until_somebody_has_a_password(
         return Terminal("serve", "--port", "0", "--model", f"{FAKE}=fake:1", home=tmp_path / "home")
 
     with start() as terminal:
-        terminal.expect("Log in ")
+        terminal.expect("Log in")
         link = terminal.expect("(works once").strip()
         terminal.expect("Try it with curl")
         page = httpx.get(link, trust_env=False)
