@@ -16,7 +16,7 @@ from llama import compiler
 from msgspec.structs import replace
 
 from pinaivu_box.release import installed
-from pinaivu_box.release.licenses import Component, Text
+from pinaivu_box.release.licenses import Component, LicenseText
 
 ROOT = Path(__file__).parent.parent
 LICENSES = Path(__file__).parent / "licenses"  # of what brings none in its package
@@ -116,7 +116,7 @@ def of_package(package: Distribution) -> Component:
     path = LICENSES / f"{made.name}.txt"
     if made.texts or not path.is_file():
         return made
-    return replace(made, texts=(Text("LICENSE", path.read_text()),))
+    return replace(made, texts=(LicenseText("LICENSE", path.read_text()),))
 
 
 def system_library(path: Path) -> Component:
@@ -128,9 +128,9 @@ def system_library(path: Path) -> Component:
     name, license = known[0]
     package, version = _debian_package(path)
     notices = Path(f"/usr/share/doc/{package}/copyright")
-    texts: tuple[Text, ...] = ()
+    texts: tuple[LicenseText, ...] = ()
     if package and notices.is_file():
-        texts = (Text("copyright", notices.read_text(errors="replace")),)
+        texts = (LicenseText("copyright", notices.read_text(errors="replace")),)
     named = path.resolve().name.partition(".so.")[2]
     source = f"Debian package {package}" if package else ""
     return Component(name, version or named, "library", license, texts, source)
@@ -142,7 +142,7 @@ def llama_cpp() -> Component:
     if wheel != LLAMA_COMMIT[0]:
         raise Unknown(f"say in build/components.py which commit of llama.cpp is in {wheel}")
     paths = sorted((LICENSES / "llama.cpp").glob("*.txt"))
-    texts = tuple(Text(path.name, path.read_text()) for path in paths)
+    texts = tuple(LicenseText(path.name, path.read_text()) for path in paths)
     source = f"in the source of llama-cpp-python {wheel}, with build/llama.patch"
     return Component("llama.cpp", LLAMA_COMMIT[1], "library", "MIT", texts, source)
 

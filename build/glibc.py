@@ -25,7 +25,7 @@ class NotElf(ValueError):
 
 
 @dataclass(frozen=True)
-class Need:
+class GlibcNeed:
     """The newest version of glibc that `file` asks for."""
 
     version: tuple[int, int]
@@ -35,12 +35,12 @@ class Need:
         return f"glibc {self.version[0]}.{self.version[1]} ({self.file})"
 
 
-def baseline(files: Iterable[tuple[str, bytes]]) -> Need:
+def baseline(files: Iterable[tuple[str, bytes]]) -> GlibcNeed:
     """What asks for most among files (name, content); those that are not ELF are passed over."""
-    found = [Need((0, 0), "nothing")]
+    found = [GlibcNeed((0, 0), "nothing")]
     for name, content in files:
         try:
-            found.append(Need(newest(content), name))
+            found.append(GlibcNeed(newest(content), name))
         except NotElf:
             continue
     return max(found, key=lambda need: need.version)

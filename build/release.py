@@ -38,7 +38,7 @@ USAGE = (
 
 
 @dataclass
-class Options:
+class ReleaseOptions:
     key: Path | None = None
     unsigned: bool = False
     dirty: bool = False
@@ -67,8 +67,8 @@ def release(arguments: list[str]) -> None:
     say(f"made dist/{SUMS} and {len(files)} files: {', '.join(path.name for path in files)}")
 
 
-def read_options(arguments: list[str]) -> Options:
-    options, rest = Options(), list(arguments)
+def read_options(arguments: list[str]) -> ReleaseOptions:
+    options, rest = ReleaseOptions(), list(arguments)
     named = os.environ.get("PINAIVU_RELEASE_KEY")
     while rest:
         choice, left = gpu.read_options(rest)
@@ -130,7 +130,7 @@ def releases() -> str:
 # -- the files ------------------------------------------------------------------------------------
 
 
-def make_files(options: Options, public: str) -> list[Path]:
+def make_files(options: ReleaseOptions, public: str) -> list[Path]:
     """All that are listed in SHA256SUMS."""
     import tasks
 
@@ -234,7 +234,7 @@ def write_sums(files: list[Path]) -> None:
     (DIST / SIGNATURE).unlink(missing_ok=True)  # that of another release
 
 
-def sign_again(options: Options) -> None:
+def sign_again(options: ReleaseOptions) -> None:
     public_half(options)
     files = [path for path in DIST.glob("*") if path.name not in (SUMS, SIGNATURE)]
     if not files:
@@ -244,7 +244,7 @@ def sign_again(options: Options) -> None:
     say(f"made dist/{SUMS} of {len(files)} files")
 
 
-def sign(options: Options) -> None:
+def sign(options: ReleaseOptions) -> None:
     if options.key is None:
         say("the release is not signed: nobody can verify it, and nothing installs it")
         return
@@ -256,7 +256,7 @@ def sign(options: Options) -> None:
         )
 
 
-def public_half(options: Options) -> str:
+def public_half(options: ReleaseOptions) -> str:
     """Of the key that signs, or else of the project's (PEM); "" if there is none.  Raises Stop if
     the two differ."""
     if options.key is None:

@@ -21,14 +21,16 @@ from cryptography.hazmat.primitives.serialization import (
 MAX_KEY_BYTES = 4096
 
 
-class Refused(Exception):
+class SigningRefused(Exception):
     """Its message is a sentence."""
 
 
 def new(path: Path, public: Path) -> None:
     for existing in (path, public):
         if existing.exists():
-            raise Refused(f"{existing} is there already: a release key is not replaced by mistake")
+            raise SigningRefused(
+                f"{existing} is there already: a release key is not replaced by mistake"
+            )
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     # Nobody else can read it at any time, and an existing file is never written to.
@@ -41,23 +43,23 @@ def new(path: Path, public: Path) -> None:
 
 
 def read(path: Path) -> Ed25519PrivateKey:
-    """Raises Refused."""
+    """Raises SigningRefused."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
             pem = file.read(MAX_KEY_BYTES)
     except OSError as error:
-        raise Refused(f"the release key {path} cannot be read: {error.strerror}") from error
+        raise SigningRefused(f"the release key {path} cannot be read: {error.strerror}") from error
     if mode & 0o077:
-        raise Refused(
+        raise SigningRefused(
             f"others can read the release key {path} (its mode is {mode:o}): run 'chmod 600 {path}'"
         )
     try:
         key = load_pem_private_key(pem, None)
     except (ValueError, TypeError) as error:
-        raise Refused(f"{path} is no private key in PEM form without a password") from error
+        raise SigningRefused(f"{path} is no private key in PEM form without a password") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise Refused(f"{path} is no Ed25519 key: build/release --new-key FILE makes one")
+        raise SigningRefused(f"{path} is no Ed25519 key: build/release --new-key FILE makes one")
     return key
 
 
@@ -79,6 +81,6 @@ def main(command: str, *paths: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except Refused as refused:
+    except SigningRefused as refused:
         print(refused, file=sys.stderr)
         sys.exit(1)

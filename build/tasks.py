@@ -103,7 +103,7 @@ def check_glibc(frozen: Path, backends: list[Path], any_glibc: bool = False) -> 
     script = [str(PYTHON), str(BUILD / "baseline.py"), str(frozen), *map(str, backends)]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     major, minor, file = done.stdout.split(maxsplit=2)
-    need = glibc.Need((int(major), int(minor)), file.strip())
+    need = glibc.GlibcNeed((int(major), int(minor)), file.strip())
     if not need.version[0]:  # not on Linux
         return
     say(f"the executable needs {need}")

@@ -252,7 +252,7 @@ def test_what_is_packed_is_read_again_and_always_the_same(
     from pinaivu_box.release import licenses
 
     found = [
-        licenses.Component("b", "1", "package", "MIT", (licenses.Text("LICENSE", "Ü\n"),)),
+        licenses.Component("b", "1", "package", "MIT", (licenses.LicenseText("LICENSE", "Ü\n"),)),
         licenses.Component("a", "1", "program", "MIT"),
     ]
     packed = licenses.pack(found)

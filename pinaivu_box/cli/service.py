@@ -25,7 +25,7 @@ from pinaivu_box.errors import CliError, UsageError, quoted
 from pinaivu_box.text import megabytes, number
 
 if TYPE_CHECKING:
-    from pinaivu_box.systemd.installation import Step
+    from pinaivu_box.systemd.installation import InstallationStep
     from pinaivu_box.systemd.manager import Installed
     from pinaivu_box.systemd.unit import Service
 
@@ -150,7 +150,7 @@ def _service(
     return wanted, config
 
 
-def _print_steps(steps: Sequence[Step]) -> None:
+def _print_steps(steps: Sequence[InstallationStep]) -> None:
     for step in steps:
         if step.content:
             click.echo(f"{step.file}:\n\n{textwrap.indent(step.content, '    ')}")

@@ -14,7 +14,7 @@ import msgspec
 
 from pinaivu_box import __version__
 from pinaivu_box.models import bundled
-from pinaivu_box.release.licenses import Component, Part, Text
+from pinaivu_box.release.licenses import Component, ComponentPart, LicenseText
 from pinaivu_box.release.place import PROJECT, PYPROJECT
 
 _APACHE = Path(bundled.__file__).parent / "license_texts" / "apache-2.0.txt"
@@ -62,8 +62,8 @@ def model() -> Component:
 
 def of_distribution(package: Distribution) -> Component:
     """A package of Python, with its licences and notices, and the Rust libraries in it."""
-    texts: list[Text] = []
-    parts: list[Part] = []
+    texts: list[LicenseText] = []
+    parts: list[ComponentPart] = []
     for path in package.files or ():
         if not path.parts[0].endswith(".dist-info"):
             continue
@@ -121,14 +121,16 @@ def _names(requirements: list[str] | tuple[str, ...]) -> list[str]:
     return [found[0] for found in named if found]
 
 
-def _linked(bill: Path) -> list[Part]:
+def _linked(bill: Path) -> list[ComponentPart]:
     """The libraries in a package's own bill of materials (PEP 770), as Maturin writes it."""
     found = []
     for one in msgspec.json.decode(bill.read_bytes()).get("components", ()):
         said = [each.get("expression", "") for each in one.get("licenses", ())]
-        found.append(Part(one["name"], one.get("version", ""), " AND ".join(filter(None, said))))
+        found.append(
+            ComponentPart(one["name"], one.get("version", ""), " AND ".join(filter(None, said)))
+        )
     return sorted(found, key=lambda part: (part.name, part.version))
 
 
-def _text(path: Path, name: str = "") -> Text:
-    return Text(name or path.name, path.read_text(encoding="utf-8", errors="replace"))
+def _text(path: Path, name: str = "") -> LicenseText:
+    return LicenseText(name or path.name, path.read_text(encoding="utf-8", errors="replace"))

@@ -15,14 +15,14 @@ import msgspec
 _PACKED = Path(__file__).parent / "components.json.gz"
 
 
-class Text(msgspec.Struct, frozen=True):
+class LicenseText(msgspec.Struct, frozen=True):
     """A text that comes with a component: its licence, or a notice."""
 
     name: str
     text: str
 
 
-class Part(msgspec.Struct, frozen=True):
+class ComponentPart(msgspec.Struct, frozen=True):
     """A library that was linked into a component."""
 
     name: str
@@ -38,9 +38,9 @@ class Component(msgspec.Struct, frozen=True):
     version: str
     kind: str
     license: str
-    texts: tuple[Text, ...] = ()
+    texts: tuple[LicenseText, ...] = ()
     source: str = ""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ComponentPart, ...] = ()
 
 
 def components() -> list[Component]:

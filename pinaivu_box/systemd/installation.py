@@ -21,7 +21,7 @@ _GPU_GROUPS = ("render", "video")
 _NO_LOGIN = ("/usr/sbin/nologin", "/sbin/nologin", "/bin/false")
 
 
-class Step(Struct, frozen=True):
+class InstallationStep(Struct, frozen=True):
     """A command that is run, or a file that is written or (without `content`) removed."""
 
     command: tuple[str, ...] = ()
@@ -44,11 +44,11 @@ def gpu_groups() -> tuple[str, ...]:
     return tuple(name for name in _GPU_GROUPS if _has_group(name))
 
 
-def installing(service: Service, *, start: bool) -> list[Step]:
+def installing(service: Service, *, start: bool) -> list[InstallationStep]:
     """The steps that install a service, or bring an installed one up to date."""
     steps = _user_and_home(service) if service.system else []
     path = manager.units_folder(service.system) / service.unit
-    steps.append(Step(file=path, content=unit.text(service)))
+    steps.append(InstallationStep(file=path, content=unit.text(service)))
     steps.append(_systemctl(service.system, "daemon-reload"))
     steps.append(_systemctl(service.system, "enable", service.unit))
     if start:  # a running one starts anew, for its program or its unit may be another
@@ -56,18 +56,18 @@ def installing(service: Service, *, start: bool) -> list[Step]:
     return steps
 
 
-def removing(service: Installed) -> list[Step]:
+def removing(service: Installed) -> list[InstallationStep]:
     """The steps that remove a service; its home, its user and its key stay."""
     return [
         _systemctl(service.system, "disable", "--now", service.path.name),
-        Step(file=service.path),
+        InstallationStep(file=service.path),
         _systemctl(service.system, "daemon-reload"),
         # Of a service that has failed, the manager would keep that it has.
         _systemctl(service.system, "reset-failed", service.path.name, may_fail=True),
     ]
 
 
-def take(steps: Sequence[Step]) -> None:
+def take(steps: Sequence[InstallationStep]) -> None:
     """Take the steps in order.  Raises CliError at the first that fails."""
     for step in steps:
         try:
@@ -79,7 +79,7 @@ def take(steps: Sequence[Step]) -> None:
             raise CliError(f"'{step.line}' failed: {error.strerror}.") from error
 
 
-def _run(step: Step) -> None:
+def _run(step: InstallationStep) -> None:
     done = subprocess.run(step.command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0 and not step.may_fail:
         said = next(iter(done.stderr.strip().splitlines()), f"it exited with {done.returncode}")
@@ -97,15 +97,15 @@ def _write_or_remove(path: Path, content: str) -> None:
     temporary.replace(path)
 
 
-def _user_and_home(service: Service) -> list[Step]:
-    steps: list[Step] = []
+def _user_and_home(service: Service) -> list[InstallationStep]:
+    steps: list[InstallationStep] = []
     try:
         owner: int | None = pwd.getpwnam(service.user).pw_uid
     except KeyError:
         owner = None
         shell = next((path for path in _NO_LOGIN if Path(path).exists()), _NO_LOGIN[0])
         options = ("--system", "--user-group", "--no-create-home", "--home-dir", str(service.home))
-        steps.append(Step(("useradd", *options, "--shell", shell, service.user)))
+        steps.append(InstallationStep(("useradd", *options, "--shell", shell, service.user)))
     if service.home.exists():
         if owner is None or service.home.stat().st_uid != owner:
             home = shlex.quote(str(service.home))
@@ -116,12 +116,12 @@ def _user_and_home(service: Service) -> list[Step]:
             )
     elif service.home != service.state:  # that one is made by systemd
         mode = ("-d", "-m", "0700", "-o", service.user, "-g", service.user)
-        steps.append(Step(("install", *mode, str(service.home))))
+        steps.append(InstallationStep(("install", *mode, str(service.home))))
     return steps
 
 
-def _systemctl(system: bool, *args: str, may_fail: bool = False) -> Step:
-    return Step(manager.systemctl_command(system, *args), may_fail=may_fail)
+def _systemctl(system: bool, *args: str, may_fail: bool = False) -> InstallationStep:
+    return InstallationStep(manager.systemctl_command(system, *args), may_fail=may_fail)
 
 
 def _has_group(name: str) -> bool:

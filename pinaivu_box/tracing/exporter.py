@@ -48,7 +48,7 @@ class _PartialSuccess(msgspec.Struct):
     errorMessage: str = ""  # noqa: N815
 
 
-class _Answer(msgspec.Struct):
+class _ExportAnswer(msgspec.Struct):
     partialSuccess: _PartialSuccess | None = None  # noqa: N815
 
 
@@ -171,7 +171,7 @@ class Exporter:
 
 def _rejected(body: bytes) -> int:
     with suppress(ValueError, RecursionError):
-        partial = msgspec.json.decode(body, type=_Answer).partialSuccess
+        partial = msgspec.json.decode(body, type=_ExportAnswer).partialSuccess
         if partial is not None:
             return max(0, int(partial.rejectedSpans))
     return 0
