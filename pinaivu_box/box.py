@@ -489,14 +489,9 @@ def _join(
     metrics = Metrics(placement, devices)
     load = LoadTracker(placement)
     upstreams = Upstreams(live, identity.node_id)
-    metrics.registry.register(UpstreamMetrics(upstreams))
     incidents = Incidents(database)
     receipt_log = ReceiptLog(identity, database, home)
     witnessing = Witnessing(identity, database, receipt_log, lambda: live.config.witness)
-    metrics.registry.register(ForkMetrics(witnessing.alarms))
-    metrics.registry.register(LogMetrics(receipt_log))
-    placement.engine_died = incidents.engine_died
-    metrics.registry.register(IncidentMetrics(incidents))
     boxes = without_peers(identity.node_id, live, placement, local, load, upstreams)
     requests = RunningRequests(
         LegRunner(identity.node_id, local, boxes), Meter(identity, database, live), metrics, live
@@ -505,7 +500,6 @@ def _join(
     admission.remote = boxes.candidates
     placement.waiting = requests.in_flight
     tracer = Tracer(live, identity.node_id, metrics.registry)
-    requests.ended = RequestSpans(identity.node_id, live.address_of_upstream, tracer.add).ended
     requests.places = admission.places = placement.places
     box = Box(
         settings=live,
@@ -535,8 +529,21 @@ def _join(
         tracer=tracer,
         control_token=secrets.token_hex(32),
     )
-    box_metrics.register(metrics.registry, database, _state_of(box))
+    _observe(box)
     return box
+
+
+def _observe(box: Box) -> None:
+    """Let metrics, incidents and spans see what happens."""
+    registry = box.metrics.registry
+    registry.register(UpstreamMetrics(box.upstreams))
+    registry.register(ForkMetrics(box.witnessing.alarms))
+    registry.register(LogMetrics(box.receipt_log))
+    registry.register(IncidentMetrics(box.incidents))
+    box_metrics.register(registry, box.database, _state_of(box))
+    box.placement.engine_died = box.incidents.engine_died
+    spans = RequestSpans(box.identity.node_id, box.settings.address_of_upstream, box.tracer.add)
+    box.requests.ended = spans.ended
 
 
 def _state_of(box: Box) -> box_metrics.BoxState:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from pinaivu_box.cli.client import Running, write_running
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
+
+if TYPE_CHECKING:
+    from pinaivu_box.box import Box
 
 log = logging.getLogger("pinaivu.serve")
 
@@ -90,6 +93,23 @@ def _model(text: str) -> ModelConfig:
     return ModelConfig(name=name, path=path)
 
 
+def _banner_of(box: Box, port: int, secret: str | None, devices: str, link: str) -> str:
+    server = box.first_config.server
+    certificate = box.settings.current.certificate
+    return banner(
+        url_of(server, port),
+        box.home,
+        [model.id for model in box.catalog.models],
+        secret,
+        devices,
+        others=other_urls(server, port),
+        on_lan=not is_local(server),
+        fingerprint=certificate.fingerprint if certificate else "",
+        self_signed=certificate.cert if certificate and server.tls else None,
+        link=link,
+    )
+
+
 async def _serve(
     load: Callable[[], Config], home: Path, *, first_key: bool = True, wanted: str = ""
 ) -> None:
@@ -123,27 +143,12 @@ async def _serve(
                 local = url_of(config.server, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
                 _print_not_served(not_served_in(box.catalog))
-                url = url_of(config.server, port)
-                names = [model.id for model in box.catalog.models]
-                if not private:
-                    fields = {"url": url, "models": ", ".join(names)}
-                    log.info("serving", extra={"fields": fields})
+                if private:
+                    click.echo(_banner_of(box, port, secret, devices, link))
                     return
-                certificate = box.settings.current.certificate
-                click.echo(
-                    banner(
-                        url,
-                        home,
-                        names,
-                        secret,
-                        devices,
-                        others=other_urls(config.server, port),
-                        on_lan=not is_local(config.server),
-                        fingerprint=certificate.fingerprint if certificate else "",
-                        self_signed=certificate.cert if certificate and config.server.tls else None,
-                        link=link,
-                    )
-                )
+                names = ", ".join(model.id for model in box.catalog.models)
+                fields = {"url": url_of(config.server, port), "models": names}
+                log.info("serving", extra={"fields": fields})
 
             try:
                 await serve_box(box, listener, started, _stopping, supervision)
