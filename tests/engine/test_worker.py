@@ -35,6 +35,7 @@ from pinaivu_box.engine.messages import (
 )
 from tests.support import gguf_files
 from tests.support.engine_harness import Heard, add, load
+from tests.support.process_box import cpu_seconds
 
 PATIENCE = 120  # seconds until a test gives up; nothing is measured
 
@@ -308,15 +309,10 @@ def test_a_reader_that_stops_for_good_does_not_stop_the_steps(children: list[Chi
     seen = [-1.0]
     while len(seen) < 4 or len(set(seen[-4:])) > 1:  # idle at last: all steps are made
         time.sleep(0.5)
-        seen.append(cpu_seconds(child))
+        seen.append(cpu_seconds(child.process.pid))
     heard, frames = child.listen(4)
     assert all(len(tokens) == 3000 for tokens in heard.tokens.values())
     assert frames[-1].load.steps - frames[-2].load.steps > 20
-
-
-def cpu_seconds(child: Child) -> float:
-    fields = Path(f"/proc/{child.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return float(fields[11]) + float(fields[12])
 
 
 def test_a_stop_string_ends_a_sequence_behind_a_slow_reader(children: list[Child]) -> None:
