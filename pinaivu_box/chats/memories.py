@@ -179,10 +179,6 @@ def words_of(text: str) -> list[str]:
     return [word for word in _BETWEEN_WORDS.split(text.casefold()) if word]
 
 
-def say_the_same(one: str, other: str) -> bool:
-    return _same(one, frozenset(words_of(one)), other, frozenset(words_of(other)))
-
-
 def _same(one: str, first: frozenset[str], other: str, second: frozenset[str]) -> bool:
     if not first or not second:
         return one == other

@@ -139,10 +139,7 @@ class LegAttempt:
     """
 
     def __init__(
-        self,
-        box: ChosenBox,
-        earlier: Extras | None,
-        failed: Callable[[FailedLeg], None] = lambda _failure: None,
+        self, box: ChosenBox, earlier: Extras | None, failed: Callable[[FailedLeg], None]
     ) -> None:
         self.box, self.leg = box, box.leg
         self._failed = failed

@@ -55,12 +55,12 @@ class HttpStatus(PullFailed):
         super().__init__(f"{self.host} answered {status} {phrase}".rstrip() + f"{said}.")
 
 
-def hub_token(environ: Mapping[str, str] = os.environ) -> str:
+def hub_token() -> str:
     """The user's token for the Hub; empty if there is none."""
-    if token := environ.get("HF_TOKEN", "").strip():
+    if token := os.environ.get("HF_TOKEN", "").strip():
         return token
     try:
-        return Path(environ.get("HF_TOKEN_PATH", _TOKEN_FILE)).expanduser().read_text().strip()
+        return Path(os.environ.get("HF_TOKEN_PATH", _TOKEN_FILE)).expanduser().read_text().strip()
     except (OSError, RuntimeError, UnicodeDecodeError):
         return ""
 
