@@ -267,4 +267,4 @@ def _batch_of(runs: abc.Sequence[_Run], *, rows: bool) -> Batch:
         positions += range(run.start, run.start + size)
         ids += [run.sequence_id] * size
         outputs += [0] * (size - 1) + [int(rows)]
-    return Batch.of(tokens, positions, ids, outputs, single=len(tokens) if rows else 0)
+    return Batch.of(tokens, positions, ids, outputs)

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
     from pinaivu_box.engine.llama_projector import LlamaProjector
 
 _MAX_SEQUENCE_IDS = 256  # LLAMA_MAX_SEQ
-_TILE_TOKENS = 64  # GGML_FA_TILE_Q
 _MAX_TOP_K = 2**31 - 1
 _SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _IF_TOOLS = "{% if tools or messages | selectattr('role', 'equalto', 'tool') | list %}"
@@ -164,7 +162,6 @@ class LlamaRunner:
         self._unified = load.max_sequences * load.context > load.kv_tokens
         setup = self._setup(load)
         self._exactness = exactness.of(load.exact, setup)
-        self._rows_alike = setup.fixed_split >= exactness.ROWS_ALIKE
         if load.exact is True and setup.hindrance:
             raise BoxError(
                 f'exact = true cannot be kept: {setup.hindrance}. With exact = "auto" the model '
@@ -378,32 +375,6 @@ class LlamaRunner:
         return Vocabulary(llama.llama_vocab_type(vocab), bos, eos, texts)
 
     def decode(self, batch: Batch) -> Float32:
-        parts = self._parts(batch)
-        if len(parts) == 1:
-            return self._decode(batch)
-        logits = []
-        for number, part in enumerate(parts):
-            try:
-                logits.append(self._decode(part).copy())
-            except NoSlot:
-                for earlier in parts[:number]:
-                    self._take_back(earlier)
-                raise
-        return np.concatenate(logits)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The CPU attention of llama.cpp, as it is published, works in tiles from 64 tokens on.
-        That is fast for a prompt; with the next tokens of many sequences in one pool it computes
-        the attention of each to the cells of all, and throws nearly all of it away."""
-        size, single = len(batch.tokens), batch.single
-        if self._rows_alike or not self._unified or size < _TILE_TOKENS or single == 0:
-            return [batch]
-        cuts = [*range(0, single, _TILE_TOKENS - 1), single]
-        if size - single < _TILE_TOKENS - (single - cuts[-2]):
-            cuts.pop()  # the rest is so short that it goes with the last of them
-        return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
-
-    def _decode(self, batch: Batch) -> Float32:
         filled = self._batch.fill(batch)
         if self._mode != self._pace.mode:
             self._change_mode(self._pace.mode)
@@ -450,12 +421,6 @@ class LlamaRunner:
             raise NoSlot
         if result != 0:
             raise self._decode_failure(result)
-
-    def _take_back(self, batch: Batch) -> None:
-        for sequence_id in np.unique(batch.sequence_ids):
-            self.truncate(
-                int(sequence_id), int(batch.positions[batch.sequence_ids == sequence_id].min())
-            )
 
     def remove(self, sequence_id: int) -> None:
         llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)

@@ -71,14 +71,13 @@ class Batch:
     """One step's input: parallel arrays of n tokens.
 
     `outputs` is 1 where the logits of that position are wanted; sequence ids are below
-    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.
+    `ModelFacts.sequence_ids`.
     """
 
     tokens: Int32
     positions: Int32
     sequence_ids: Int32
     outputs: npt.NDArray[np.int8]
-    single: int = 0
 
     @classmethod
     def of(
@@ -87,14 +86,12 @@ class Batch:
         positions: Sequence[int],
         sequence_ids: Sequence[int],
         outputs: Sequence[int],
-        single: int = 0,
     ) -> Batch:
         return cls(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
             np.array(sequence_ids, np.int32),
             np.array(outputs, np.int8),
-            single,
         )
 
     def part(self, start: int, stop: int) -> Batch:
@@ -105,7 +102,6 @@ class Batch:
             self.positions[here],
             self.sequence_ids[here],
             self.outputs[here],
-            max(0, min(self.single, stop) - start),
         )
 
 
