@@ -26,6 +26,7 @@ ROOMS = (
     "appended",
     "text",
     "value_count",
+    "http_body",
     "child",
     "fair_threads",
     "sandbox",
