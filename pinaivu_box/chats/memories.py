@@ -71,12 +71,12 @@ class Memories:
             rows.put_vector(memory.id, self._account, memory.updated_at, sealed)
         )
 
-    async def add(self, text: str, origin: Origin, *, at: int | None = None) -> tuple[Memory, bool]:
+    async def add(self, text: str, origin: Origin) -> tuple[Memory, bool]:
         """A new memory, or the one that says the same already; whether it is new.
 
         Raises RowConflict if there are as many as there may be.
         """
-        ((memory, new),) = await self.add_all([(text, at or now_ms())], origin)
+        ((memory, new),) = await self.add_all([(text, now_ms())], origin)
         if memory is None:
             raise RowConflict(
                 f"There are {MAX_MEMORIES} memories, which is all that an account may have: delete "
