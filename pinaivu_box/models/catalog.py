@@ -28,12 +28,18 @@ from pinaivu_box.models.gguf import Header
 from pinaivu_box.models.gguf_bytes import BadGguf
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.model_scan import ModelScan
-from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable, spellings
+from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable, spellings, with_tag
 from pinaivu_box.models.overrides import ModelOverrides
 from pinaivu_box.models.projectors import NONE as NO_PROJECTOR
 from pinaivu_box.models.projectors import Projectors
 from pinaivu_box.models.record import NO_PARAMETERS, ModelParameters, ModelRecord
-from pinaivu_box.models.regular_files import download_mark, open_regular, sha256, stat_regular
+from pinaivu_box.models.regular_files import (
+    download_mark,
+    expanded,
+    open_regular,
+    sha256,
+    stat_regular,
+)
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _FAKE_DIGEST = hashlib.sha256(b"fake").hexdigest()
@@ -312,7 +318,7 @@ def _with_settings(model: Model, entry: ModelConfig) -> Model:
     if not entry.template:
         return replace(model, settings=entry)
     try:
-        with open_regular(_expanded(entry.template)) as file:
+        with open_regular(expanded(entry.template)) as file:
             data = file.read(_MAX_TEMPLATE_BYTES + 1)
         if len(data) > _MAX_TEMPLATE_BYTES:
             raise ValueError(f"it has more than {_MAX_TEMPLATE_BYTES:,} bytes")
@@ -379,7 +385,7 @@ class _ProjectorReader:
         if name == NO_PROJECTOR or model.is_fake:
             return model
         if name or record:
-            path = _expanded(name).absolute() if name else model.path.parent / record
+            path = expanded(name).absolute() if name else model.path.parent / record
             try:
                 return replace(model, projector=self._read(path))
             except (BadGguf, OSError) as error:
@@ -446,7 +452,7 @@ def _of_config(
 def _id_of(path: Path) -> str:
     """What the model in that file is called.  Raises BadGguf."""
     stem = splits.stem_of(path.name)
-    model_id = stem if ":" in stem else f"{stem}:latest"
+    model_id = with_tag(stem)
     if not is_model_id(model_id):
         raise BadGguf(f"its name is no model id ({RULE}){RENAME_IT}")
     try:
@@ -474,15 +480,7 @@ def remote(model_id: str, digest: str) -> Model:
 
 def directory(config: Config, home: Path) -> Path:
     """Where the files are that are served without being named in the configuration."""
-    return _expanded(config.models_dir) if config.models_dir else home / "models"
-
-
-def _expanded(text: str) -> Path:
-    """With the home directory in place of `~`, if there is such a user."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
+    return expanded(config.models_dir) if config.models_dir else home / "models"
 
 
 def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
@@ -504,7 +502,7 @@ def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
         if entry.adapters:
             raise ValueError("a fake model takes no adapters")
         return Model(entry.name, Path(entry.path), owner="fake", recorded_digest=_FAKE_DIGEST)
-    path = _expanded(entry.path).absolute()
+    path = expanded(entry.path).absolute()
     str(path).encode()  # it is sent to the engine in UTF-8
     model = _from_files(entry.name, _parts_from(path), headers)
     adapters = read_adapters(entry.adapters, model.header.architecture, headers)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pinaivu_box.models.caches import hub, llama_cpp, lm_studio, ollama
 from pinaivu_box.models.caches.cache import LLAMA_CPP, LM_STUDIO, OLLAMA, Cache, CacheLayout
+from pinaivu_box.models.regular_files import expanded
 
 _HOME = Path("~")
 # Where Ollama's installer for Linux has its service keep models.
@@ -50,16 +51,9 @@ def _of_llama_cpp() -> list[Path]:
 
 def _present(folders: Sequence[Path]) -> list[Path]:
     """Those that exist, without links; the first if none does, so that it can be named."""
-    expanded = [Path(os.path.realpath(_expanded(folder))) for folder in folders]
-    there = [folder for folder in expanded if os.path.isdir(folder)]  # noqa: PTH112 - which raises
-    return list(dict.fromkeys(there)) or expanded[:1]
-
-
-def _expanded(folder: Path) -> Path:
-    try:
-        return folder.expanduser()
-    except RuntimeError:  # ~ of nobody
-        return folder
+    real = [Path(os.path.realpath(expanded(folder))) for folder in folders]
+    there = [folder for folder in real if os.path.isdir(folder)]  # noqa: PTH112 - which raises
+    return list(dict.fromkeys(there)) or real[:1]
 
 
 def _by_layout(root: Path) -> list[Cache]:
