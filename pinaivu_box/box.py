@@ -62,7 +62,7 @@ from pinaivu_box.registry.pulls import Pulls
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
@@ -188,7 +188,7 @@ class Box:
             self._replace_settings(new)
             return self._differences(old, new)
 
-    def _replace_settings(self, new: Settings) -> None:
+    def _replace_settings(self, new: BoxSettings) -> None:
         self.settings.current = new
         self._lingering.clear()
         logs.configure(new.config.log)
@@ -200,7 +200,7 @@ class Box:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
 
-    def _differences(self, old: Settings, new: Settings) -> Reloaded:
+    def _differences(self, old: BoxSettings, new: BoxSettings) -> Reloaded:
         changed = configs.differences(old.config, new.config)
         if new.shared_prefixes != old.shared_prefixes and _SHARED_PREFIXES not in changed:
             changed.append(_SHARED_PREFIXES)  # the text of a file
@@ -473,7 +473,7 @@ async def _announce(network: Network) -> None:
 
 def _join(
     read_config: Callable[[], Config],
-    current: Settings,
+    current: BoxSettings,
     home: Path,
     database: Database,
     headers: HeaderReader,

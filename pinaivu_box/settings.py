@@ -27,7 +27,7 @@ MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context hold
 
 
 @dataclass(frozen=True)
-class Settings:
+class BoxSettings:
     """The configuration, the models that are served, the texts of `[engine] shared_prefixes`, the
     keys of upstreams by their names, the server's certificate, the secret of the client of
     `[login.oidc]`, and the headers of `[tracing]`.
@@ -47,7 +47,7 @@ class Settings:
 class LiveSettings:
     """The `current` settings."""
 
-    def __init__(self, current: Settings) -> None:
+    def __init__(self, current: BoxSettings) -> None:
         self.current = current
 
     @property
@@ -67,7 +67,7 @@ class LiveSettings:
         return None
 
 
-def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
+def read(config: Config, home: Path, headers: HeaderReader) -> BoxSettings:
     """Read what the configuration names; model files may take long, so do it in a thread.
 
     Raises CliError.
@@ -78,7 +78,7 @@ def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
     certificate = certificates.of(config.server, home)
     catalog = catalogs.load(config, home, headers)
     prefixes = read_shared_prefixes(config.engine)
-    return Settings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
+    return BoxSettings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
 
 
 def read_oidc_secret(config: Config) -> Secret | None:

@@ -17,7 +17,7 @@ from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import digest_of
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import waiting
 from tests.support.process_box import Box, pinaivu_json, wait_until
 
@@ -228,7 +228,7 @@ def placement_of(*names: str) -> tuple[Placement, catalog.Catalog]:
         return digest_of(model)
 
     found = catalog.load(config, Path("/nonexistent"))
-    return Placement(LiveSettings(Settings(config)), digest), found
+    return Placement(LiveSettings(BoxSettings(config)), digest), found
 
 
 @pytest.mark.anyio

@@ -21,7 +21,7 @@ from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import bundled, catalog
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import fake_gpu, waiting
 
 # The model takes about 290 MiB with these sizes, 45 of them for its cache.
@@ -51,7 +51,7 @@ class Gpus:
         ]
         config = Config(engine=EngineConfig(**{**SIZES, **engine}), model=models)
         self.models = catalog.load(config, Path("/nonexistent"))
-        live = LiveSettings(Settings(config, self.models))
+        live = LiveSettings(BoxSettings(config, self.models))
         self.devices = DeviceMonitor()
         self._ids = itertools.count()
         self.placement = Placement(live, self._digest, self.devices)

@@ -23,7 +23,7 @@ from pinaivu_box.models.prices import prices_of
 from pinaivu_box.policy import Policy, free_of_charge
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.gguf_files import aligned, header, tensor, u32, word
 from tests.support.process_box import MODEL, StartBox
@@ -124,7 +124,7 @@ async def _nothing(_: Any) -> str:
 async def test_peers_are_offered_the_price_that_follows_from_parameters(tmp_path: Path) -> None:
     write(tmp_path / "a.gguf", some=2000)
     config = Config(models_dir=str(tmp_path), pricing=PricingConfig(per_billion="500000"))
-    settings = LiveSettings(Settings(config, catalog.load(config, tmp_path).matching(["a:*"])))
+    settings = LiveSettings(BoxSettings(config, catalog.load(config, tmp_path).matching(["a:*"])))
     placement: Any = SimpleNamespace(replicas=lambda _: [], places=lambda _: 64, engines=[])
     upstreams = Upstreams(settings, "node_1")
     offers = Offers(settings, LoadTracker(placement), _nothing, lambda: False, upstreams)

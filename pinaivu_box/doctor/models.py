@@ -28,7 +28,7 @@ from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import printable, spellings
 from pinaivu_box.models.regular_files import open_regular, stat_regular
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.store import integrity
 from pinaivu_box.text import megabytes
 
@@ -183,7 +183,7 @@ def room(config: Config, home: Path) -> Iterator[Check]:
 async def _planned(config: Config, listed: Catalog) -> list[Check]:
     """The checks of the models' memory on a machine with GPUs: where each would go."""
     devices, checks = DeviceMonitor(), []
-    placement = Placement(LiveSettings(Settings(config, listed)), _no_digest, devices)
+    placement = Placement(LiveSettings(BoxSettings(config, listed)), _no_digest, devices)
     try:
         for model in real(listed):
             decision, _ = await placement.would_place(model)
@@ -235,7 +235,7 @@ def engine(config: Config, home: Path) -> Check:
 
 async def _one_token(model: Model, config: EngineConfig) -> str:
     """What the engine did, as a clause.  Raises ApiError, TimeoutError."""
-    settings = LiveSettings(Settings(Config(engine=config)))
+    settings = LiveSettings(BoxSettings(Config(engine=config)))
     devices = DeviceMonitor() if may_have_gpus(os.environ) else None
     placement = Placement(settings, _no_digest, devices)
     job = Job(

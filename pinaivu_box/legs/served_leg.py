@@ -231,7 +231,7 @@ class ServedLeg:
                 self.verdict = message
                 return
             self._leg.cancel()
-            if not isinstance(message, leg_wire.Stop):
+            if not isinstance(message, leg_wire.StopLeg):
                 return
 
 

@@ -36,7 +36,7 @@ from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
@@ -135,7 +135,7 @@ class PoolNode:
         self.transport = MemoryTransport(world, self.node_id)
         self.links = PoolLinks(self.transport, everybody)
         catalog = catalogs.load(config, Path("/nonexistent"))
-        self.settings = LiveSettings(Settings(config, catalog))
+        self.settings = LiveSettings(BoxSettings(config, catalog))
         self.placement = Placement(self.settings, _digest)
         self.local = LocalBackend(self.placement, self.node_id, self.settings)
         self.books = Books()
