@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.errors import CliError, quoted
-from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import RULE, is_model_id
@@ -76,7 +76,7 @@ def read(config: Config, home: Path, headers: HeaderReader) -> BoxSettings:
     oidc_secret = read_oidc_secret(config)
     tracing_headers = read_headers(config.tracing)
     certificate = certificates.of(config.server, home)
-    catalog = catalogs.load(config, home, headers)
+    catalog = catalog_loader.load(config, home, headers)
     prefixes = read_shared_prefixes(config.engine)
     return BoxSettings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
 

@@ -19,7 +19,7 @@ from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import bundled, catalog
+from pinaivu_box.models import bundled, catalog_loader
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import fake_gpu, waiting
@@ -50,7 +50,7 @@ class Gpus:
             for n in range(4)
         ]
         config = Config(engine=EngineConfig(**{**SIZES, **engine}), model=models)
-        self.models = catalog.load(config, Path("/nonexistent"))
+        self.models = catalog_loader.load(config, Path("/nonexistent"))
         live = LiveSettings(BoxSettings(config, self.models))
         self.devices = DeviceMonitor()
         self._ids = itertools.count()

@@ -22,7 +22,7 @@ from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.placement_plan import Start
 from pinaivu_box.graphics_cards import may_have_gpus
-from pinaivu_box.models import catalog, fit, gguf, memory
+from pinaivu_box.models import catalog_loader, fit, gguf, memory
 from pinaivu_box.models.caches.cache import NO_FOLDER
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import printable, spellings
@@ -40,12 +40,12 @@ _Remembered = dict[str, tuple[int, int, str]]  # path -> size, mtime_ns, digest
 def find(config: Config, home: Path) -> tuple[Catalog, str]:
     """The catalog, and why the configured models or aliases are not in it (empty if they are)."""
     try:
-        return catalog.load(config, home), ""
+        return catalog_loader.load(config, home), ""
     except CliError as error:
         message = error.message.removesuffix(".")
     try:
         rest = msgspec.structs.replace(config, model=[], aliases={})
-        return catalog.load(rest, home), message
+        return catalog_loader.load(rest, home), message
     except CliError:  # the file of the aliases that were made
         return Catalog({}), message
 
@@ -74,7 +74,7 @@ def files(config: Config, home: Path) -> Iterator[Check]:
             state, todo = "warning", "nothing, while it is being written"
         if why.endswith(NO_FOLDER):
             state, todo = "warning", "correct model_caches in the configuration"
-        if why.endswith((catalog.RENAME_IT, catalog.RENAME_ONE)):
+        if why.endswith((catalog_loader.RENAME_IT, catalog_loader.RENAME_ONE)):
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
     yield from _aliases(listed, config)
