@@ -13,7 +13,7 @@ USAGE = "--cuda [--arch ARCHITECTURES], or --vulkan"
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """`kind` is "" for none; `architectures` "" for those of the GPUs here."""
 
     kind: str = ""
@@ -29,7 +29,7 @@ class Made:
     cublas: Path | None = None
 
 
-def read_options(arguments: list[str]) -> tuple[Choice, list[str]]:
+def read_options(arguments: list[str]) -> tuple[BackendChoice, list[str]]:
     """The choice at the beginning of the arguments, and the others."""
     kind = architectures = ""
     with_cublas = False
@@ -45,10 +45,10 @@ def read_options(arguments: list[str]) -> tuple[Choice, list[str]]:
         else:
             break
         rest.pop(0)
-    return Choice(kind, architectures, with_cublas), rest
+    return BackendChoice(kind, architectures, with_cublas), rest
 
 
-def make(choice: Choice) -> Made:
+def make(choice: BackendChoice) -> Made:
     """Compiles the backend unless the cache has it."""
     if choice.kind == "vulkan":
         import vulkan
@@ -59,7 +59,7 @@ def make(choice: Choice) -> Made:
     return Made(*cuda.made(cache(), choice.architectures))
 
 
-def install(choice: Choice) -> None:
+def install(choice: BackendChoice) -> None:
     """Puts the backend where this clone's package finds it."""
     made = make(choice)
     folder = BACKENDS / choice.kind

@@ -12,7 +12,6 @@ import msgspec
 
 from pinaivu_box import appended
 from pinaivu_box.engine.payload import LENGTH, Payload, PayloadFile, Table, zstd
-from pinaivu_box.models import bundled
 
 LEVEL = 10  # higher ones take minutes and gain little: GPU code comes compressed
 
@@ -53,7 +52,7 @@ def assemble(executable: Path, model: Path, payloads: list[Path]) -> None:
         file.truncate(program.offset + program.size + appended.FOOTER.size)
     for path in payloads:
         appended.append(executable, appended.PAYLOAD, path)
-    bundled.append(executable, model)
+    appended.append(executable, appended.MODEL, model)
 
 
 if __name__ == "__main__":

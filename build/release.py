@@ -42,7 +42,7 @@ class ReleaseOptions:
     key: Path | None = None
     unsigned: bool = False
     dirty: bool = False
-    variants: list[gpu.Choice] = field(default_factory=list)
+    variants: list[gpu.BackendChoice] = field(default_factory=list)
 
 
 def release(arguments: list[str]) -> None:

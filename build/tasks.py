@@ -64,7 +64,7 @@ def binary(arguments: list[str]) -> None:
         put_together(frozen, ROOT / "dist" / name, payloads)
 
 
-def make_payloads(work: Path, choice: gpu.Choice, made: gpu.Made) -> Path:
+def make_payloads(work: Path, choice: gpu.BackendChoice, made: gpu.Made) -> Path:
     """The payload with the backend.  One with cuBLAS goes into dist/ if it is wanted."""
     work.mkdir(exist_ok=True)
     script = [str(PYTHON), str(BUILD / "payloads.py"), "make"]

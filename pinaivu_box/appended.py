@@ -66,7 +66,7 @@ def read(path: Path) -> list[Appended]:
     return found
 
 
-def append(path: Path, mark: bytes, source: Path) -> Appended:
+def append(path: Path, mark: bytes, source: Path) -> None:
     """Puts `source` at the end of `path`."""
     with path.open("r+b") as out, source.open("rb") as file:
         before = out.seek(0, os.SEEK_END)
@@ -77,7 +77,6 @@ def append(path: Path, mark: bytes, source: Path) -> Appended:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").digest()
         out.write(FOOTER.pack(mark, offset, size, digest, before))
-    return Appended(path, mark, offset, size, digest.hex(), before)
 
 
 def _read_footer(file: BinaryIO, path: Path, end: int) -> Appended | None:

@@ -47,24 +47,15 @@ class DeviceMonitor:
     """The list of devices, and their state.  Empty until somebody reads them."""
 
     def __init__(self, nvml: Nvml | None = None, root: Path = Path("/")) -> None:
-        self._nvml, self._root = nvml or Nvml(), root
+        self.nvml, self._root = nvml or Nvml(), root
         self._listed: list[messages.ListedDevice] = []
-        self._asked = False
         self._read_at = -_MAX_AGE_SECONDS
         self._reading = asyncio.Lock()
         self._joining: asyncio.Future[list[Device]] | None = None
+        self.listed = False  # whether somebody has asked for them
         self.devices: list[Device] = []  # as they were read last
         self.backends: list[messages.GgmlBackend] = []  # of ggml, beside the CPU's
         self.failure = ""  # why there is no list, as the end of a sentence
-
-    @property
-    def listed(self) -> bool:
-        """Whether somebody has asked for them."""
-        return self._asked
-
-    @property
-    def nvml(self) -> Nvml:
-        return self._nvml
 
     @property
     def gpus(self) -> list[Device]:
@@ -85,17 +76,17 @@ class DeviceMonitor:
             why = error.message if isinstance(error, QueryFailed) else str(error)
             self._listed, self.failure = [], why
             log.warning("the devices could not be listed: %s", why)
-        self._asked = True  # which it is not if this was cancelled
+        self.listed = True  # which it is not if this was cancelled
         self._read_at = -_MAX_AGE_SECONDS
 
     async def read(self, *, anew: bool = False) -> list[Device]:
         """The devices with their state, which is at most a second old; that of now if it is read
         `anew`.  The first time they are listed, by a child if this machine may have a GPU."""
         async with self._reading:
-            if not self._asked and may_have_gpus(os.environ, self._root):
+            if not self.listed and may_have_gpus(os.environ, self._root):
                 await self._list(_LIST_SECONDS)
-            elif not self._asked:
-                self._asked, self._listed = True, [_cpu(self._root)]
+            elif not self.listed:
+                self.listed, self._listed = True, [_cpu(self._root)]
             if anew or time.monotonic() - self._read_at > _MAX_AGE_SECONDS:
                 if self._joining is None or self._joining.done():
                     self._joining = asyncio.ensure_future(asyncio.to_thread(self._join))
@@ -107,11 +98,11 @@ class DeviceMonitor:
         return self.devices
 
     def close(self) -> None:
-        self._nvml.close()
+        self.nvml.close()
 
     def _join(self) -> list[Device]:
         wants_nvml = any(device.name.startswith("CUDA") or device.pci_id for device in self._listed)
-        gpus = self._nvml.gpus() if wants_nvml else []
+        gpus = self.nvml.gpus() if wants_nvml else []
         return [_with_state(device, gpus, self._root) for device in self._listed]
 
 

@@ -75,7 +75,7 @@ def check(server: ServerConfig) -> None:
             "server.tls is 'self-signed', and server.tls_cert names a certificate: leave one out"
         )
     for name in server.tls_names:
-        if not _HOST_NAME.fullmatch(name) and not _is_address(name):
+        if not _HOST_NAME.fullmatch(name) and ("/" in name or not is_network(name)):
             raise ValueError(f"server.tls_names has '{name}', which is no host name or IP address")
     for network in server.trusted_proxies:
         if not is_network(network):
@@ -106,7 +106,3 @@ def is_network(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_address(text: str) -> bool:
-    return "/" not in text and is_network(text)

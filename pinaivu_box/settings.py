@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.errors import CliError, quoted
-from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import RULE, is_model_id
@@ -27,7 +27,7 @@ MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context hold
 
 
 @dataclass(frozen=True)
-class Settings:
+class BoxSettings:
     """The configuration, the models that are served, the texts of `[engine] shared_prefixes`, the
     keys of upstreams by their names, the server's certificate, the secret of the client of
     `[login.oidc]`, and the headers of `[tracing]`.
@@ -47,7 +47,7 @@ class Settings:
 class LiveSettings:
     """The `current` settings."""
 
-    def __init__(self, current: Settings) -> None:
+    def __init__(self, current: BoxSettings) -> None:
         self.current = current
 
     @property
@@ -67,7 +67,7 @@ class LiveSettings:
         return None
 
 
-def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
+def read(config: Config, home: Path, headers: HeaderReader) -> BoxSettings:
     """Read what the configuration names; model files may take long, so do it in a thread.
 
     Raises CliError.
@@ -76,9 +76,9 @@ def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
     oidc_secret = read_oidc_secret(config)
     tracing_headers = read_headers(config.tracing)
     certificate = certificates.of(config.server, home)
-    catalog = catalogs.load(config, home, headers)
+    catalog = catalog_loader.load(config, home, headers)
     prefixes = read_shared_prefixes(config.engine)
-    return Settings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
+    return BoxSettings(config, catalog, prefixes, keys, certificate, oidc_secret, tracing_headers)
 
 
 def read_oidc_secret(config: Config) -> Secret | None:

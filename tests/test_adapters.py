@@ -21,6 +21,7 @@ from pinaivu_box.files.wire import FileRefused, Find
 from pinaivu_box.gateway.layouts import Division, Sizes
 from pinaivu_box.gateway.model_needs import ModelNeeds, load_of, rules_of
 from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.store.database import Database
 from tests.support import lora_files
@@ -54,7 +55,7 @@ class Folder:
         return configs.load(self.write("box.toml", text.encode()), environ={})
 
     def catalog(self, text: str) -> Catalog:
-        return catalogs.load(self.read(text), self.home)
+        return catalog_loader.load(self.read(text), self.home)
 
     def with_adapters(self, *adapters: str, more: str = "") -> Catalog:
         return self.catalog(
@@ -244,7 +245,7 @@ async def test_a_model_goes_on_without_its_draft_model_if_that_has_gone(folder: 
     (folder.models / "small:1.gguf").unlink()
     config = configs.load(folder.home / "box.toml", environ={})
     models = {"large:1": before.find("large:1")}
-    after = catalogs.load(config, folder.home, configured=models)
+    after = catalog_loader.load(config, folder.home, configured=models)
     assert after.find("large:1").draft is None
 
 

@@ -29,7 +29,8 @@ import pytest
 from msgspec import msgpack
 
 from pinaivu_box import config
-from pinaivu_box.box import Box, open_box
+from pinaivu_box.box import Box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.cli.main import cli
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.gossip import adverts as gossip_adverts

@@ -15,9 +15,9 @@ import pytest
 
 from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import catalog, memory
-from pinaivu_box.models.catalog import digest_of
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.models import catalog_loader, memory
+from pinaivu_box.models.catalog import Catalog, Model, digest_of
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import waiting
 from tests.support.process_box import Box, pinaivu_json, wait_until
 
@@ -219,16 +219,16 @@ def test_a_reload_shortens_the_time_of_an_idle_model(tmp_path: Path) -> None:
         box.end()
 
 
-def placement_of(*names: str) -> tuple[Placement, catalog.Catalog]:
+def placement_of(*names: str) -> tuple[Placement, Catalog]:
     """A placement of models that no request needs for an hour."""
     models = [ModelConfig(name=name, path="fake:0") for name in names]
     config = Config(engine=EngineConfig(keep_alive="1h"), model=models)
 
-    async def digest(model: catalog.Model) -> str:
+    async def digest(model: Model) -> str:
         return digest_of(model)
 
-    found = catalog.load(config, Path("/nonexistent"))
-    return Placement(LiveSettings(Settings(config)), digest), found
+    found = catalog_loader.load(config, Path("/nonexistent"))
+    return Placement(LiveSettings(BoxSettings(config)), digest), found
 
 
 @pytest.mark.anyio

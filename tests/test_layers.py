@@ -26,6 +26,7 @@ ROOMS = (
     "appended",
     "text",
     "value_count",
+    "http_body",
     "child",
     "fair_threads",
     "sandbox",
@@ -86,6 +87,7 @@ ROOMS = (
     "incidents",
     "box_metrics",
     "box",
+    "box_services",
     "model_admin",
     "backup",
     "server",
@@ -255,7 +257,7 @@ def test_version_loads_nothing_heavy() -> None:
     ("modules", "unwanted"),
     [
         (
-            ("cli.main", "cli.serve", "box", "server.serve"),
+            ("cli.main", "cli.serve", "box_services", "server.serve"),
             ("httpx", "rich", "jinja2", "markdown_it", "pygments", "authlib", "joserfc"),
         ),
         (("__main__", "sandbox", "models.header_reader"), ("click", "asyncio", "subprocess")),

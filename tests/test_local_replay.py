@@ -19,9 +19,9 @@ from pinaivu_box.audits.local_replay import MAX_SIZES, LocalReplay
 from pinaivu_box.audits.own_engine import NotHere
 from pinaivu_box.audits.pending import LegToAudit
 from pinaivu_box.config import ModelConfig
-from pinaivu_box.models import catalog
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.receipts.transcript import LegTranscript, RequestTranscript
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import receipt_vectors
 from tests.support.fake_answers import PROMPT, leg_of, said, transcript
 
@@ -46,7 +46,7 @@ class Machine:
             overrides={("engine", "context"): CONTEXT},
             extra_models=[ModelConfig(name="audited:1b", path="fake:0")],
         )
-        self.settings = LiveSettings(Settings(read, catalog.load(read, home)))
+        self.settings = LiveSettings(BoxSettings(read, catalog_loader.load(read, home)))
         self.started: list[int] = []
 
     async def digest(self, _: Any) -> str:

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from pinaivu_box import config
-from pinaivu_box.box import Box, open_box
+from pinaivu_box.box import Box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.login.throttle import Throttle
 from pinaivu_box.server.app import create_app
 from pinaivu_box.server.endpoint import Endpoint

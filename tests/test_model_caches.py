@@ -12,7 +12,7 @@ import pytest
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
-from pinaivu_box.models import bundled, catalog
+from pinaivu_box.models import bundled, catalog_loader
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.folder_watch import FolderWatch
 from pinaivu_box.models.model_copy import copy_model
@@ -24,7 +24,7 @@ ONE, TWO = gguf_files.valid(data=64), gguf_files.valid(data=96)
 
 
 def loaded(home: Path, *caches: str | Path) -> Catalog:
-    return catalog.load(Config(model_caches=tuple(map(str, caches))), home)
+    return catalog_loader.load(Config(model_caches=tuple(map(str, caches))), home)
 
 
 def ids(found: Catalog) -> set[str]:
@@ -240,15 +240,16 @@ def test_they_are_followed_like_the_models_folder(tmp_path: Path) -> None:
     files = watch.look(home / "models", caches)
     assert files is not None
     settings = Config(model_caches=caches)
-    assert ids(catalog.load(settings, home, scan=files)) == {"one:1b"}  # the other is too young
+    # The other is too young.
+    assert ids(catalog_loader.load(settings, home, scan=files)) == {"one:1b"}
     files = watch.look(home / "models", caches)
     assert files is not None
-    assert ids(catalog.load(settings, home, scan=files)) == {"one:1b", "two:1b"}
+    assert ids(catalog_loader.load(settings, home, scan=files)) == {"one:1b", "two:1b"}
     assert watch.look(home / "models", caches) is None
     manifest.unlink()
     files = watch.look(home / "models", caches)
     assert files is not None
-    assert ids(catalog.load(settings, home, scan=files)) == {"one:1b"}
+    assert ids(catalog_loader.load(settings, home, scan=files)) == {"one:1b"}
 
 
 def test_another_name_for_one_leaves_its_file_as_it_is(tmp_path: Path) -> None:

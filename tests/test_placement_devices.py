@@ -19,9 +19,9 @@ from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import bundled, catalog
+from pinaivu_box.models import bundled, catalog_loader
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import fake_gpu, waiting
 
 # The model takes about 290 MiB with these sizes, 45 of them for its cache.
@@ -50,8 +50,8 @@ class Gpus:
             for n in range(4)
         ]
         config = Config(engine=EngineConfig(**{**SIZES, **engine}), model=models)
-        self.models = catalog.load(config, Path("/nonexistent"))
-        live = LiveSettings(Settings(config, self.models))
+        self.models = catalog_loader.load(config, Path("/nonexistent"))
+        live = LiveSettings(BoxSettings(config, self.models))
         self.devices = DeviceMonitor()
         self._ids = itertools.count()
         self.placement = Placement(live, self._digest, self.devices)

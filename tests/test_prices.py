@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from pinaivu_box import amount
 from pinaivu_box.amount import MAX_AMOUNT, Prices, per_parameters
 from pinaivu_box.config import Config, ModelConfig, PricingConfig, UpstreamConfig
-from pinaivu_box.models import catalog
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.gguf import Header
 from pinaivu_box.models.prices import prices_of
 from pinaivu_box.policy import Policy, free_of_charge
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.gguf_files import aligned, header, tensor, u32, word
 from tests.support.process_box import MODEL, StartBox
@@ -43,7 +43,7 @@ def write(path: Path, *keys: bytes, **tensors: int) -> None:
 
 def served(folder: Path, *models: ModelConfig) -> dict[str, Model]:
     config = Config(models_dir=str(folder), model=list(models))
-    return {model.id: model for model in catalog.load(config, folder).models}
+    return {model.id: model for model in catalog_loader.load(config, folder).models}
 
 
 def test_of_experts_a_token_pays_for_those_that_it_uses(tmp_path: Path) -> None:
@@ -124,7 +124,9 @@ async def _nothing(_: Any) -> str:
 async def test_peers_are_offered_the_price_that_follows_from_parameters(tmp_path: Path) -> None:
     write(tmp_path / "a.gguf", some=2000)
     config = Config(models_dir=str(tmp_path), pricing=PricingConfig(per_billion="500000"))
-    settings = LiveSettings(Settings(config, catalog.load(config, tmp_path).matching(["a:*"])))
+    settings = LiveSettings(
+        BoxSettings(config, catalog_loader.load(config, tmp_path).matching(["a:*"]))
+    )
     placement: Any = SimpleNamespace(replicas=lambda _: [], places=lambda _: 64, engines=[])
     upstreams = Upstreams(settings, "node_1")
     offers = Offers(settings, LoadTracker(placement), _nothing, lambda: False, upstreams)

@@ -15,7 +15,7 @@ import pytest
 from starlette.applications import Starlette
 
 from pinaivu_box import config
-from pinaivu_box.box import open_box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.server.app import create_app
 from pinaivu_box.server.pages.routes import PAGES

@@ -28,7 +28,7 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.request import Failed, Finished, Request, RunningRequests
 from pinaivu_box.policy import Budget, Policy
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -60,7 +60,7 @@ def anyio_backend() -> str:
 
 
 def settings(**sections: Any) -> LiveSettings:
-    return LiveSettings(Settings(Config(**sections)))
+    return LiveSettings(BoxSettings(Config(**sections)))
 
 
 class Books:

@@ -34,9 +34,9 @@ from pinaivu_box.policy_bounds import within
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.receipts.transcript import RequestTranscript, decode
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.store import peer_audits
+from pinaivu_box.store import peer_tables
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 from tests.bench.audited_peer import GOAL_REQUESTS, Cheat, first_found
 from tests.support.audited_legs import PRICE, WORD, key, leg, request
 from tests.support.in_process_command import run_command, run_command_json
@@ -460,7 +460,7 @@ async def test_a_disproof_takes_the_reputation_and_the_debt(database: Database) 
         assert WORD.encode() not in path.read_bytes()
     ((sealed_to, body),) = await database.read("SELECT sealed_to, body FROM transcripts")
     assert sealed_to == key().transcript_key and WORD.encode() not in body
-    known = await peer_audits.load(database)
+    known = await peer_tables.load(database, PeerAudits)
     assert known == {PEER.node_id: PeerAudits(watched=0, failed=1, disproved=1)}
 
 
@@ -528,4 +528,4 @@ async def test_what_is_known_of_peers_outlives_the_box(database: Database) -> No
     for _ in range(3):
         audits.take(request(PEER), key())
     await soon(audits.save())
-    assert await peer_audits.load(database) == {PEER.node_id: PeerAudits(watched=3)}
+    assert await peer_tables.load(database, PeerAudits) == {PEER.node_id: PeerAudits(watched=3)}

@@ -16,9 +16,9 @@ from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.saved_prefixes import FOLDER, SavedPrefixFolder
-from pinaivu_box.models import bundled, catalog
+from pinaivu_box.models import bundled, catalog_loader
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 
 STORY = "Once upon a time there was a box that answered whoever asked it politely. " * 12
 
@@ -29,7 +29,7 @@ def anyio_backend() -> str:
 
 
 def live(size: int = 1) -> LiveSettings:
-    return LiveSettings(Settings(Config(engine=EngineConfig(saved_prefixes_mb=size))))
+    return LiveSettings(BoxSettings(Config(engine=EngineConfig(saved_prefixes_mb=size))))
 
 
 class Unloaded:
@@ -41,8 +41,8 @@ class Unloaded:
         entry = ModelConfig(name="m:1", path=str(location.path))
         engine = EngineConfig(context=1024, kv_tokens=2048, max_sequences=2, keep_alive="-1")
         config = Config(engine=engine, model=[entry])
-        models = catalog.load(config, Path("/nonexistent"))
-        settings = LiveSettings(Settings(config, models))
+        models = catalog_loader.load(config, Path("/nonexistent"))
+        settings = LiveSettings(BoxSettings(config, models))
         self.model = models.find("m:1")
         self.placement = Placement(settings, self._digest)
         identity = identities.load_or_create(home / "identity")

@@ -18,7 +18,7 @@ from joserfc.jwk import OctKey
 from starlette.applications import Starlette
 
 from pinaivu_box import config, login_config
-from pinaivu_box.box import open_box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import network
 from pinaivu_box.login.oidc import account_names, person_of

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pinaivu_box import box as boxes
+from pinaivu_box import box_services
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, network
@@ -117,7 +118,7 @@ def test_a_running_box_renews_its_certificate(
     load = partial(configs.load, None, environ={}, overrides={("server", "tls"): "self-signed"})
 
     async def scenario() -> None:
-        async with boxes.open_box(load, tmp_path) as box:
+        async with box_services.open_box(load, tmp_path) as box:
             first = box.settings.current.certificate
             monkeypatch.setattr(self_signed, "_RENEWED_BEFORE", timedelta(days=398))
             await wait_for(lambda: box.settings.current.certificate != first)

@@ -12,7 +12,7 @@ import pytest
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
 from pinaivu_box.secret import Secret
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.tracing import context, exporter
 from pinaivu_box.tracing.context import TraceContext
 from pinaivu_box.tracing.exporter import Exporter
@@ -184,12 +184,12 @@ def test_tracing_that_a_reload_turns_off_begins_no_span() -> None:
 
     from pinaivu_box.tracing.tracer import Tracer
 
-    live = LiveSettings(Settings(Config(tracing=TracingConfig(endpoint="http://x/"))))
+    live = LiveSettings(BoxSettings(Config(tracing=TracingConfig(endpoint="http://x/"))))
 
     async def scenario() -> None:
         tracer = Tracer(live, "node_1", CollectorRegistry())
         assert tracer.begin(None) is not None
-        live.current = Settings(Config(), tracing_headers=Secret("a=b"))
+        live.current = BoxSettings(Config(), tracing_headers=Secret("a=b"))
         assert tracer.begin(f"00-{TRACE}-{PARENT}-01") is None
 
     asyncio.run(scenario())

@@ -23,7 +23,7 @@ import pytest
 
 from pinaivu_box import config
 from pinaivu_box.backup import archive, before_migration
-from pinaivu_box.box import open_box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.home import lock
 from pinaivu_box.receipts.verify import verify_receipt
 from pinaivu_box.server.app import create_app

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hmac
 
 from pinaivu_box.config import AuditConfig
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 
 FIRST_REQUESTS = 200
 _BYTES = 6  # exact in a float

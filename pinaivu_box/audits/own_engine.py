@@ -21,7 +21,7 @@ from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.receipts.receipt import BITWISE, Proof
 from pinaivu_box.receipts.transcript import RequestTranscript
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 
 _EXACT_ON = re.compile(f"{BITWISE}([a-z0-9_]+) .*? ([a-z0-9_]+)(?: long)?")
 Digest = Callable[[Model], Awaitable[str]]
@@ -58,7 +58,7 @@ async def engine_for(
     sized, own = _sized(config, model, transcript, proofs)
     devices = DeviceMonitor()
     ways = [*_exact_as(sized, own, proofs), (sized, own)]
-    placements = [Placement(LiveSettings(Settings(each)), digest, devices) for each, _ in ways]
+    placements = [Placement(LiveSettings(BoxSettings(each)), digest, devices) for each, _ in ways]
     try:
         yield await _first(placements, [each for _, each in ways])
     finally:

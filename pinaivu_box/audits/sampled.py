@@ -27,7 +27,7 @@ from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import Proof
 from pinaivu_box.receipts.transcript import decode, encode
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 
 log = logging.getLogger("pinaivu.audits")
 

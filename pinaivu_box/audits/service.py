@@ -20,9 +20,9 @@ from pinaivu_box.ledger import disproofs as ledger_disproofs
 from pinaivu_box.receipts import transcript_sealing
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.settings import LiveSettings
-from pinaivu_box.store import peer_audits
+from pinaivu_box.store import peer_tables
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 from pinaivu_box.store.transcripts import StoredTranscript
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.text import utc_text
@@ -38,7 +38,7 @@ class AuditConsequences:
         self._identity, self._database, self._reputation = identity, database, reputation
 
     async def keep(self, audits: Mapping[str, PeerAudits]) -> None:
-        await peer_audits.keep(self._database, audits)
+        await peer_tables.keep(self._database, audits)
 
     async def failed(self, audit: PendingAudit, leg: LegToAudit, finding: Finding) -> None:
         if finding.result == "failed":
@@ -110,7 +110,7 @@ class AuditService:
     async def run(self) -> None:
         """Until cancelled: audit, and store what is known of peers within a minute."""
         auditing = TaskSet()
-        self.sampled.audits.update(await peer_audits.load(self._database))
+        self.sampled.audits.update(await peer_tables.load(self._database, PeerAudits))
         auditing.spawn(self.sampled.run())
         try:
             while True:

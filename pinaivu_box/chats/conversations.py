@@ -43,6 +43,7 @@ MAX_BYTES = 4_000_000_000  # of an account's messages
 _MAX_SEARCHED_BYTES = 64_000_000  # by one search
 _MAX_SEARCH_SECONDS = 2.0
 _ANYTHING = ChatSizes(0, 1)
+_DELETED = "There is no such conversation: it may have been deleted."
 _SEARCHED, _MAX_READ_BYTES = 50, 16_000_000  # conversations that are read at once
 
 
@@ -140,10 +141,13 @@ class Chats:
 
     async def get(self, conversation_id: str) -> Conversation:
         """Raises RowNotFound."""
+        return self._opened(await self._found(conversation_id))
+
+    async def _found(self, conversation_id: str) -> ConversationRow:
         row = await rows.find(self._database, self._account, conversation_id)
         if row is None:
-            raise RowNotFound("There is no such conversation: it may have been deleted.")
-        return self._opened(row)
+            raise RowNotFound(_DELETED)
+        return row
 
     async def page(self, after: str, limit: int) -> ConversationList:
         """`after` is the `next` of the page before, or "".  Those that cannot be opened are left
@@ -187,7 +191,7 @@ class Chats:
         taken: list[ConversationRow] = []
         total = 0
         for row in page:
-            _, size = sizes.get(row.id, (0, 0))
+            _, size = sizes[row.id]
             if taken and total + size > _MAX_READ_BYTES:
                 break
             taken.append(row)
@@ -217,9 +221,7 @@ class Chats:
         become: so no change is lost.  Raises RowNotFound if it was deleted; then nothing is stored.
         """
         while True:
-            found = await rows.find(self._database, self._account, conversation_id)
-            if found is None:
-                raise RowNotFound("There is no such conversation: it may have been deleted.")
+            found = await self._found(conversation_id)
             before = self._opened(found)
             after = change(before)
             content = SealedConversation(
@@ -237,7 +239,7 @@ class Chats:
         """For good.  Raises RowNotFound."""
         *_, deleted = await self._database.write(*rows.delete(conversation_id, self._account))
         if not deleted:
-            raise RowNotFound("There is no such conversation: it may have been deleted.")
+            raise RowNotFound(_DELETED)
 
     async def messages(self, conversation_id: str) -> list[Message]:
         """All, oldest first.  See `size` for the memory that they take."""
@@ -246,8 +248,7 @@ class Chats:
 
     async def size(self, conversation_id: str) -> int:
         """The bytes of all messages."""
-        found = await rows.sizes_of(self._database, [conversation_id])
-        _, size = found.get(conversation_id, (0, 0))
+        _, size = (await rows.sizes_of(self._database, [conversation_id]))[conversation_id]
         return size
 
     async def branch(self, conversation_id: str, leaf: str) -> list[Message]:
@@ -273,8 +274,7 @@ class Chats:
 
     async def check_messages(self, conversation_id: str) -> None:
         """Raises RowConflict if the conversation has as many messages as it may."""
-        found = await rows.sizes_of(self._database, [conversation_id])
-        count, size = found.get(conversation_id, (0, 0))
+        count, size = (await rows.sizes_of(self._database, [conversation_id]))[conversation_id]
         if count + 2 > MAX_MESSAGES or size > MAX_CONVERSATION_BYTES:
             raise RowConflict(
                 f"The conversation has {count} messages with {size} bytes, and may have "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -26,7 +26,6 @@ from pinaivu_box.openai.conversations import (
     PortableConversation,
     PortableMemory,
     PortableMessage,
-    Status,
     TextFile,
 )
 from pinaivu_box.openai.memories import Memory
@@ -145,25 +144,18 @@ async def _import(chats: Chats, conversation: PortableConversation, tree: _Tree,
 
 
 def _message(message: PortableMessage, ids: dict[str, str]) -> Message:
-    status: Status = "interrupted" if message.status == "running" else message.status
-    return Message(
-        id=ids[message.id],
-        parent=None if message.parent is None else ids[message.parent],
-        role=message.role,
-        created_at=_past(message.created_at),
-        content=encodable(message.content),
-        reasoning=encodable(message.reasoning),
-        files=[TextFile(encodable(file.name), encodable(file.text)) for file in message.files],
-        images=message.images,
-        status=status,
-        error=encodable(message.error),
-        model=encodable(message.model),
-        request_id=encodable(message.request_id),
-        finish_reason=encodable(message.finish_reason),
-        prompt_tokens=message.prompt_tokens,
-        completion_tokens=message.completion_tokens,
-        tokens_per_second=message.tokens_per_second,
-    )
+    fields: dict[str, Any] = {
+        name: encodable(value) if isinstance(value, str) else value
+        for name, value in msgspec.structs.asdict(message).items()
+    }
+    fields |= {
+        "id": ids[message.id],
+        "parent": None if message.parent is None else ids[message.parent],
+        "created_at": _past(message.created_at),
+        "files": [TextFile(encodable(file.name), encodable(file.text)) for file in message.files],
+        "status": "interrupted" if message.status == "running" else message.status,
+    }
+    return Message(**fields)
 
 
 def _past(at: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.chats.memories import tidy, words_of
+from pinaivu_box.chats.prompt import with_examples
 from pinaivu_box.chats.said import without_quotations
 from pinaivu_box.engine.messages import Constraint
 
@@ -108,16 +109,7 @@ def _is_about_today(words: list[str]) -> bool:
 
 def messages(text: str) -> list[dict[str, Any]]:
     """Of a text that has clauses."""
-    examples = [
-        {"role": role, "content": content}
-        for example in _EXAMPLES
-        for role, content in zip(("user", "assistant"), example, strict=True)
-    ]
-    return [
-        {"role": "system", "content": _INSTRUCTION},
-        *examples,
-        {"role": "user", "content": "\n".join(clauses(text))},
-    ]
+    return with_examples(_INSTRUCTION, _EXAMPLES, "\n".join(clauses(text)))
 
 
 def constraint(text: str) -> Constraint:

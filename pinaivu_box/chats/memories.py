@@ -71,12 +71,12 @@ class Memories:
             rows.put_vector(memory.id, self._account, memory.updated_at, sealed)
         )
 
-    async def add(self, text: str, origin: Origin, *, at: int | None = None) -> tuple[Memory, bool]:
+    async def add(self, text: str, origin: Origin) -> tuple[Memory, bool]:
         """A new memory, or the one that says the same already; whether it is new.
 
         Raises RowConflict if there are as many as there may be.
         """
-        ((memory, new),) = await self.add_all([(text, at or now_ms())], origin)
+        ((memory, new),) = await self.add_all([(text, now_ms())], origin)
         if memory is None:
             raise RowConflict(
                 f"There are {MAX_MEMORIES} memories, which is all that an account may have: delete "
@@ -177,10 +177,6 @@ def tidy(text: str) -> str:
 
 def words_of(text: str) -> list[str]:
     return [word for word in _BETWEEN_WORDS.split(text.casefold()) if word]
-
-
-def say_the_same(one: str, other: str) -> bool:
-    return _same(one, frozenset(words_of(one)), other, frozenset(words_of(other)))
 
 
 def _same(one: str, first: frozenset[str], other: str, second: frozenset[str]) -> bool:

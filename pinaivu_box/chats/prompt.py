@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from pinaivu_box.openai.chat_markdown import fence_around
 from pinaivu_box.openai.conversations import Message as ChatMessage
 from pinaivu_box.openai.conversations import TextFile
@@ -36,6 +39,22 @@ def chat_messages(system: str, memories: list[Memory], path: list[ChatMessage]) 
         elif message.content:
             messages.append(AssistantMessage(content=message.content))
     return messages
+
+
+def with_examples(
+    instruction: str, examples: Sequence[tuple[str, str]], text: str
+) -> list[dict[str, Any]]:
+    """What asks a model about a text, after examples of a text and its answer."""
+    turns = [
+        {"role": role, "content": content}
+        for example in examples
+        for role, content in zip(("user", "assistant"), example, strict=True)
+    ]
+    return [
+        {"role": "system", "content": instruction},
+        *turns,
+        {"role": "user", "content": text},
+    ]
 
 
 def _content(message: ChatMessage) -> str | list[TextPart | ImagePart]:

@@ -52,7 +52,10 @@ def by_words(memories: list[Memory], text: str) -> list[Memory]:
         )
         index.executemany(
             "INSERT INTO memory (rowid, text) VALUES (?, ?)",
-            ((number, _searched(memory.text)) for number, memory in enumerate(memories, 1)),
+            (
+                (number, " ".join(telling_words(memory.text)))
+                for number, memory in enumerate(memories, 1)
+            ),
         )
         query = " OR ".join(f'"{word}"' for word in words[:_MAX_WORDS])
         rows = index.execute(
@@ -75,10 +78,6 @@ def by_vectors(memories: list[tuple[Memory, bytes]], vector: bytes) -> list[Memo
         return []
     least = max(_LEAST_SIMILAR, scored[0][0] * _OF_THE_BEST)
     return [memories[-number][0] for score, number in scored[:MOST] if score >= least]
-
-
-def _searched(text: str) -> str:
-    return " ".join(telling_words(text))
 
 
 def _floats(vector: bytes) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pinaivu_box.chats.memories import tidy, words_of
+from pinaivu_box.chats.prompt import with_examples
 from pinaivu_box.chats.recall import telling_words
 from pinaivu_box.engine.messages import Constraint
 
@@ -42,16 +43,7 @@ def beginning(question: str, answer: str) -> str:
 
 def messages(text: str) -> list[dict[str, Any]]:
     """`text`: see `beginning`."""
-    examples = [
-        {"role": role, "content": content}
-        for example in _EXAMPLES
-        for role, content in zip(("user", "assistant"), example, strict=True)
-    ]
-    return [
-        {"role": "system", "content": _INSTRUCTION},
-        *examples,
-        {"role": "user", "content": text},
-    ]
+    return with_examples(_INSTRUCTION, _EXAMPLES, text)
 
 
 def title_in(answer: str, text: str) -> str:

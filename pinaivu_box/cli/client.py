@@ -144,7 +144,7 @@ def request_or_open(
 async def _request_opened(call: Call, path: str, method: str, body: Any, peering: bool) -> Any:
     import httpx
 
-    from pinaivu_box.box import open_box
+    from pinaivu_box.box_services import open_box
     from pinaivu_box.server.app import create_app
 
     load = partial(call.config, overrides={("peering", "enabled"): peering})

@@ -37,9 +37,9 @@ def offer(config: Config, home: Path) -> str:
 
 
 def _has_bundled_alone(config: Config, home: Path) -> bool:
-    from pinaivu_box.models import catalog
+    from pinaivu_box.models import catalog_loader
 
-    return all(model.owner == "bundled" for model in catalog.load(config, home).models)
+    return all(model.owner == "bundled" for model in catalog_loader.load(config, home).models)
 
 
 async def pull(box: Any, name: str) -> None:

@@ -44,13 +44,13 @@ async def fit_here(config: Any, listed: Any, model: Any) -> Any:
     from pinaivu_box.gateway.fit_report import fit_of
     from pinaivu_box.gateway.placement import Placement
     from pinaivu_box.models.probe import Prober
-    from pinaivu_box.settings import LiveSettings, Settings
+    from pinaivu_box.settings import BoxSettings, LiveSettings
 
     async def no_digest(_: Any) -> str:
         return ""
 
     devices = DeviceMonitor()
-    placement = Placement(LiveSettings(Settings(config, listed)), no_digest, devices)
+    placement = Placement(LiveSettings(BoxSettings(config, listed)), no_digest, devices)
     try:
         return await fit_of(model, placement, config.engine, Prober())
     finally:

@@ -44,10 +44,10 @@ def ls(call: Call) -> None:
 
     What an upstream has under names with * is known to the running box: 'pinaivu upstreams'.
     """
-    from pinaivu_box.models import catalog
+    from pinaivu_box.models import catalog_loader
 
     config = call.config()
-    listed = catalog.load(config, call.home)
+    listed = catalog_loader.load(config, call.home)
     if call.as_json:
         models = [_model(model, listed.aliases) for model in listed.models]
         print_json([*models, *_of_upstreams(config.upstream, listed.aliases)])

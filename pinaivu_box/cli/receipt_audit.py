@@ -108,12 +108,12 @@ async def _model(call: Call, proofs: list[Any]) -> Any:
     from pinaivu_box.audits.own_engine import NotHere, model_of
     from pinaivu_box.files.store import Digests
     from pinaivu_box.home import database_of
-    from pinaivu_box.models import catalog
+    from pinaivu_box.models import catalog_loader
 
     if not proofs:
         raise NotHere("No box has made a leg of it.")
     config = call.config()
-    listed = catalog.load(config, call.home)
+    listed = catalog_loader.load(config, call.home)
     if not (call.home / "pinaivu.db").exists():
         raise CliError(f"There is no box in {call.home}, whose models an audit takes.")
     async with database_of(call.home) as database:

@@ -115,7 +115,8 @@ async def _serve(
 ) -> None:
     """`wanted` is a model to pull before."""
     from pinaivu_box import logs, startup
-    from pinaivu_box.box import not_served_in, open_box
+    from pinaivu_box.box import not_served_in
+    from pinaivu_box.box_services import open_box
     from pinaivu_box.server.serve import bind
     from pinaivu_box.server.serve import serve as serve_box
     from pinaivu_box.server.supervision import Supervision

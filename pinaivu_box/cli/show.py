@@ -62,11 +62,11 @@ async def _read(call: Call, name: str, fit: bool) -> dict[str, Any]:
     """Raises CliError, ModelNotFound."""
     import msgspec
 
-    from pinaivu_box.models import catalog
+    from pinaivu_box.models import catalog_loader
     from pinaivu_box.models.description import describe
 
     config = call.config()
-    listed = catalog.load(config, call.home)
+    listed = catalog_loader.load(config, call.home)
     model = listed.find(listed.aliases.target_of(name) or name)
     described = describe(model, config, listed.aliases, await _digest(call.home, model))
     if fit:

@@ -22,13 +22,13 @@ from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.placement_plan import Start
 from pinaivu_box.graphics_cards import may_have_gpus
-from pinaivu_box.models import catalog, fit, gguf, memory
+from pinaivu_box.models import catalog_loader, fit, gguf, memory
 from pinaivu_box.models.caches.cache import NO_FOLDER
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import printable, spellings
 from pinaivu_box.models.regular_files import open_regular, stat_regular
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.store import integrity
 from pinaivu_box.text import megabytes
 
@@ -40,12 +40,12 @@ _Remembered = dict[str, tuple[int, int, str]]  # path -> size, mtime_ns, digest
 def find(config: Config, home: Path) -> tuple[Catalog, str]:
     """The catalog, and why the configured models or aliases are not in it (empty if they are)."""
     try:
-        return catalog.load(config, home), ""
+        return catalog_loader.load(config, home), ""
     except CliError as error:
         message = error.message.removesuffix(".")
     try:
         rest = msgspec.structs.replace(config, model=[], aliases={})
-        return catalog.load(rest, home), message
+        return catalog_loader.load(rest, home), message
     except CliError:  # the file of the aliases that were made
         return Catalog({}), message
 
@@ -74,7 +74,7 @@ def files(config: Config, home: Path) -> Iterator[Check]:
             state, todo = "warning", "nothing, while it is being written"
         if why.endswith(NO_FOLDER):
             state, todo = "warning", "correct model_caches in the configuration"
-        if why.endswith((catalog.RENAME_IT, catalog.RENAME_ONE)):
+        if why.endswith((catalog_loader.RENAME_IT, catalog_loader.RENAME_ONE)):
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
     yield from _aliases(listed, config)
@@ -183,7 +183,7 @@ def room(config: Config, home: Path) -> Iterator[Check]:
 async def _planned(config: Config, listed: Catalog) -> list[Check]:
     """The checks of the models' memory on a machine with GPUs: where each would go."""
     devices, checks = DeviceMonitor(), []
-    placement = Placement(LiveSettings(Settings(config, listed)), _no_digest, devices)
+    placement = Placement(LiveSettings(BoxSettings(config, listed)), _no_digest, devices)
     try:
         for model in real(listed):
             decision, _ = await placement.would_place(model)
@@ -235,7 +235,7 @@ def engine(config: Config, home: Path) -> Check:
 
 async def _one_token(model: Model, config: EngineConfig) -> str:
     """What the engine did, as a clause.  Raises ApiError, TimeoutError."""
-    settings = LiveSettings(Settings(Config(engine=config)))
+    settings = LiveSettings(BoxSettings(Config(engine=config)))
     devices = DeviceMonitor() if may_have_gpus(os.environ) else None
     placement = Placement(settings, _no_digest, devices)
     job = Job(

@@ -41,4 +41,4 @@ async def _look(settings: UpstreamConfig, key: Secret | None) -> Check:
     parts = urlsplit(settings.url)
     if key is not None and parts.scheme == "http" and not is_loopback(parts.netloc):
         return Check(_NAME, "warning", f"{where} gets its key without TLS", "use https")
-    return Check(_NAME, "ok", f"{where} serves {len(upstream.models())} models")
+    return Check(_NAME, "ok", f"{where} serves {len(upstream.models)} models")

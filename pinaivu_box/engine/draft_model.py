@@ -51,7 +51,7 @@ class _Draft:
     tried: int = 0
 
 
-class _Run(NamedTuple):
+class _TokenRun(NamedTuple):
     """Tokens at positions from `start` on."""
 
     sequence_id: int
@@ -97,7 +97,7 @@ class DraftModel:
         began = time.perf_counter()
         known = self._follow(sequence)
         end = known.length + count
-        run = _Run(sequence.sequence_id, known.length, sequence.tokens[known.length : end])
+        run = _TokenRun(sequence.sequence_id, known.length, sequence.tokens[known.length : end])
         if self._decode([run]) is not None:
             self._cells[sequence.sequence_id] = _Cells(end)
             self.cost.observe(0, count, time.perf_counter() - began)
@@ -142,18 +142,18 @@ class DraftModel:
             return logits[:, : self._n_vocab]
         return np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf)
 
-    def _next_run(self, draft: _Draft) -> _Run:
+    def _next_run(self, draft: _Draft) -> _TokenRun:
         """The tokens of its sequence and of the draft that are in no cell yet."""
         sequence = draft.sequence
         if draft.tokens:
             position = len(sequence.tokens) + len(draft.tokens) - 1
-            return _Run(sequence.sequence_id, position, draft.tokens[-1:])
+            return _TokenRun(sequence.sequence_id, position, draft.tokens[-1:])
         # The last token's logits are wanted, so it is computed again if it was already.
         start = min(self._follow(sequence).length, len(sequence.tokens) - 1)
         self._cut(sequence.sequence_id, start)
-        return _Run(sequence.sequence_id, start, sequence.tokens[start:])
+        return _TokenRun(sequence.sequence_id, start, sequence.tokens[start:])
 
-    def _note(self, draft: _Draft, run: _Run) -> None:
+    def _note(self, draft: _Draft, run: _TokenRun) -> None:
         """Note that these tokens are in their cells now."""
         if draft.tokens:
             self._cells[run.sequence_id].guess += run.tokens
@@ -180,7 +180,7 @@ class DraftModel:
             draft.tried += 1
         draft.tokens.append(token)
 
-    def _decode(self, runs: abc.Sequence[_Run], *, rows: bool = False) -> Float32 | None:
+    def _decode(self, runs: abc.Sequence[_TokenRun], *, rows: bool = False) -> Float32 | None:
         """Compute these tokens; with `rows` returns the logits after the last one of each run.
         None if there is no room, also after all that is not needed now was forgotten."""
         batch = _batch_of(runs, rows=rows)
@@ -256,7 +256,7 @@ class DraftModel:
         return known
 
 
-def _batch_of(runs: abc.Sequence[_Run], *, rows: bool) -> Batch:
+def _batch_of(runs: abc.Sequence[_TokenRun], *, rows: bool) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     ids: list[int] = []
@@ -267,4 +267,4 @@ def _batch_of(runs: abc.Sequence[_Run], *, rows: bool) -> Batch:
         positions += range(run.start, run.start + size)
         ids += [run.sequence_id] * size
         outputs += [0] * (size - 1) + [int(rows)]
-    return Batch.of(tokens, positions, ids, outputs, single=len(tokens) if rows else 0)
+    return Batch.of(tokens, positions, ids, outputs)

@@ -551,9 +551,7 @@ def _batch_of(chunks: list[BatchChunk]) -> Batch:
         for position in chunk.scored:
             output_flags[position - start] = 1
         outputs += output_flags
-    decoding = itertools.takewhile(lambda chunk: chunk.count == 1, chunks)
-    single = sum(chunk.size for chunk in decoding)
-    return Batch.of(tokens, positions, ids, outputs, single)
+    return Batch.of(tokens, positions, ids, outputs)
 
 
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:

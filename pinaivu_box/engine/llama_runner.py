@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
     from pinaivu_box.engine.llama_projector import LlamaProjector
 
 _MAX_SEQUENCE_IDS = 256  # LLAMA_MAX_SEQ
-_TILE_TOKENS = 64  # GGML_FA_TILE_Q
 _MAX_TOP_K = 2**31 - 1
 _SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _IF_TOOLS = "{% if tools or messages | selectattr('role', 'equalto', 'tool') | list %}"
@@ -82,11 +80,11 @@ class LlamaRunner:
         self._patience = Patience(self._threads)
         self._pace = Pace(self._threads, waited_seconds, adjustable=self._patience.adjustable)
         self._mode = self._pace.mode
-        self._model = self._load_model(load)
+        self.model = self._load_model(load)
         # Before the context: its graph has to have room for them.
         adapters = [] if simulate else load.adapters
-        self._adapters = LoadedAdapters(self._model, adapters, self._log)
-        self._vocab = llama.llama_model_get_vocab(self._model)
+        self._adapters = LoadedAdapters(self.model, adapters, self._log)
+        self._vocab = llama.llama_model_get_vocab(self.model)
         self.projector = self._load_projector(load)
         self._context = self._make_context(load)
         self._memory = llama.llama_get_memory(self._context)
@@ -123,7 +121,7 @@ class LlamaRunner:
 
         try:
             device = self._devices.for_images
-            return LlamaProjector(load, self._model, self._threads, device, self._log)
+            return LlamaProjector(load, self.model, self._threads, device, self._log)
         except ProjectorFailed as error:
             raise self._failure(error.message) from None
 
@@ -133,14 +131,10 @@ class LlamaRunner:
         return BoxError(f"{what}: {self._log.last or 'no reason given'}")
 
     @property
-    def model(self) -> llama.llama_model_p:
-        return self._model
-
-    @property
     def _has_states(self) -> bool:
         """Whether it is recurrent, wholly or in part."""
         return bool(
-            llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
+            llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model)
         )
 
     @property
@@ -150,12 +144,12 @@ class LlamaRunner:
 
     @property
     def _architecture(self) -> str:
-        return metadata(self._model, "general.architecture")
+        return metadata(self.model, "general.architecture")
 
     def _computing(self, load: LoadModel) -> list[str]:
         """The devices that have layers."""
         gpus = [each.device for each in self.memory if each.device != CPU and each.weights]
-        layers = llama.llama_model_n_layer(self._model) + 1
+        layers = llama.llama_model_n_layer(self.model) + 1
         whole = gpus and (load.split == "tensor" or not 0 <= load.gpu_layers < layers)
         return gpus if whole else [*gpus, CPU]
 
@@ -164,7 +158,6 @@ class LlamaRunner:
         self._unified = load.max_sequences * load.context > load.kv_tokens
         setup = self._setup(load)
         self._exactness = exactness.of(load.exact, setup)
-        self._rows_alike = setup.fixed_split >= exactness.ROWS_ALIKE
         if load.exact is True and setup.hindrance:
             raise BoxError(
                 f'exact = true cannot be kept: {setup.hindrance}. With exact = "auto" the model '
@@ -187,7 +180,7 @@ class LlamaRunner:
         # Attention in separate steps is not exact, and takes BLAS.
         if self._exactness or self._devices.without_blas:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        context = llama.llama_init_from_model(self._model, params)
+        context = llama.llama_init_from_model(self.model, params)
         if not context:
             raise self._failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
         self._adapters.apply(context)
@@ -223,7 +216,7 @@ class LlamaRunner:
             # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
             sharing=not self._has_states,
             n_vocab=self._n_vocab,
-            n_embd=llama.llama_model_n_embd(self._model),
+            n_embd=llama.llama_model_n_embd(self.model),
             chat_template=load.template or self._chat_template() or self._own_template(),
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
@@ -239,7 +232,7 @@ class LlamaRunner:
     def _cells(self) -> str:
         """llama.cpp chooses LongRoPE's factors by the size of the context (`get_rope_factors`), and
         what it saves of a sequence knows the number of streams."""
-        original = self._original_context or llama.llama_model_n_ctx_train(self._model)
+        original = self._original_context or llama.llama_model_n_ctx_train(self.model)
         is_long = llama.llama_n_ctx_seq(self._context) > original
         streams = 1 if self._unified else llama.llama_n_seq_max(self._context)
         return f"{'long' if is_long else 'short'} {streams}"
@@ -248,7 +241,7 @@ class LlamaRunner:
     def _original_context(self) -> int:
         """Of a file whose context was made longer; 0 of others."""
         name = f"{self._architecture}.rope.scaling.original_context_length"
-        return number_of(metadata(self._model, name)) or 0
+        return number_of(metadata(self.model, name)) or 0
 
     def _exact_on(self) -> str:
         """The exactness, which of such a file also depends on LongRoPE's factors (see `_cells`)."""
@@ -258,7 +251,7 @@ class LlamaRunner:
     def _chat_template(self) -> str | None:
         """The file's template; Command R and Hermes have another for tools."""
         names = (None, b"tool_use")
-        sources = [llama.llama_model_chat_template(self._model, name) for name in names]
+        sources = [llama.llama_model_chat_template(self.model, name) for name in names]
         # For some files llama.cpp names one of its own formats, which is no template.
         plain, for_tools = (
             source.decode(errors="replace") if source and b"{" in source else None
@@ -297,7 +290,7 @@ class LlamaRunner:
 
         def value(key: str, minimum: float, maximum: float) -> float | None:
             try:
-                number = float(metadata(self._model, f"general.sampling.{key}"))
+                number = float(metadata(self.model, f"general.sampling.{key}"))
             except ValueError:
                 return None
             return number if minimum <= number <= maximum else None  # also None for NaN
@@ -378,32 +371,6 @@ class LlamaRunner:
         return Vocabulary(llama.llama_vocab_type(vocab), bos, eos, texts)
 
     def decode(self, batch: Batch) -> Float32:
-        parts = self._parts(batch)
-        if len(parts) == 1:
-            return self._decode(batch)
-        logits = []
-        for number, part in enumerate(parts):
-            try:
-                logits.append(self._decode(part).copy())
-            except NoSlot:
-                for earlier in parts[:number]:
-                    self._take_back(earlier)
-                raise
-        return np.concatenate(logits)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The CPU attention of llama.cpp, as it is published, works in tiles from 64 tokens on.
-        That is fast for a prompt; with the next tokens of many sequences in one pool it computes
-        the attention of each to the cells of all, and throws nearly all of it away."""
-        size, single = len(batch.tokens), batch.single
-        if self._rows_alike or not self._unified or size < _TILE_TOKENS or single == 0:
-            return [batch]
-        cuts = [*range(0, single, _TILE_TOKENS - 1), single]
-        if size - single < _TILE_TOKENS - (single - cuts[-2]):
-            cuts.pop()  # the rest is so short that it goes with the last of them
-        return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
-
-    def _decode(self, batch: Batch) -> Float32:
         filled = self._batch.fill(batch)
         if self._mode != self._pace.mode:
             self._change_mode(self._pace.mode)
@@ -451,12 +418,6 @@ class LlamaRunner:
         if result != 0:
             raise self._decode_failure(result)
 
-    def _take_back(self, batch: Batch) -> None:
-        for sequence_id in np.unique(batch.sequence_ids):
-            self.truncate(
-                int(sequence_id), int(batch.positions[batch.sequence_ids == sequence_id].min())
-            )
-
     def remove(self, sequence_id: int) -> None:
         llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
 
@@ -490,7 +451,7 @@ class LlamaRunner:
             self._embedder.close()
             self._embedder = None
         self._embedder = Embedder(
-            self._model,
+            self.model,
             size,
             self._max_length,
             self._threads,
@@ -510,7 +471,7 @@ class LlamaRunner:
         llama.llama_free(self._context)
         if self.projector is not None:
             self.projector.close()
-        llama.llama_model_free(self._model)
+        llama.llama_model_free(self.model)
 
 
 def _load_from_offset(

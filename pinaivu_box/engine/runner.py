@@ -65,24 +65,19 @@ class ModelFacts:
     exactness: str = ""
     cpu_variant: str = ""
 
-    @property
-    def exact(self) -> bool:
-        return bool(self.exactness)
-
 
 @dataclass(frozen=True)
 class Batch:
     """One step's input: parallel arrays of n tokens.
 
     `outputs` is 1 where the logits of that position are wanted; sequence ids are below
-    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.
+    `ModelFacts.sequence_ids`.
     """
 
     tokens: Int32
     positions: Int32
     sequence_ids: Int32
     outputs: npt.NDArray[np.int8]
-    single: int = 0
 
     @classmethod
     def of(
@@ -91,14 +86,12 @@ class Batch:
         positions: Sequence[int],
         sequence_ids: Sequence[int],
         outputs: Sequence[int],
-        single: int = 0,
     ) -> Batch:
         return cls(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
             np.array(sequence_ids, np.int32),
             np.array(outputs, np.int8),
-            single,
         )
 
     def part(self, start: int, stop: int) -> Batch:
@@ -109,7 +102,6 @@ class Batch:
             self.positions[here],
             self.sequence_ids[here],
             self.outputs[here],
-            max(0, min(self.single, stop) - start),
         )
 
 
@@ -157,16 +149,13 @@ class Projector(Protocol):
     @property
     def digest(self) -> str:
         """Of its file: SHA-256 in hex."""
-        ...
 
     def pieces(self, width: int, height: int) -> list[ImagePiece]:
         """What an image of that size takes in a prompt.  For any thread.  Raises BoxError."""
-        ...
 
     def encode(self, width: int, height: int, rgb: bytes) -> list[EncodedPiece]:
         """The pieces of an image that have cells, in order.  Takes long, beside `decode` of the
         same runner; for one thread.  Raises BoxError."""
-        ...
 
 
 class KVCells(Protocol):
@@ -175,15 +164,12 @@ class KVCells(Protocol):
 
     def remove(self, sequence_id: int) -> None:
         """Free every cell of a sequence."""
-        ...
 
     def truncate(self, sequence_id: int, length: int) -> None:
         """Free the cells of a sequence from position `length` (which is not 0) on."""
-        ...
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give the empty sequence `target` the cells of `source` before position `length`."""
-        ...
 
 
 class Runner(KVCells, Protocol):
@@ -193,64 +179,51 @@ class Runner(KVCells, Protocol):
     @property
     def projector(self) -> Projector | None:
         """None if the model sees no images."""
-        ...
 
     def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
         """Tokens of a prompt, with those that the vocabulary puts around one; unless it is not
         `special`, control tokens in it are recognised.  Raises TooManyTokens for more than
         `limit`."""
-        ...
 
     def tokenize_text(
         self, text: str, limit: int | None = None, *, special: bool = False
     ) -> list[int]:
         """Tokens of a piece of text alone.  Raises TooManyTokens."""
-        ...
 
     def min_token_count(self, text: str) -> int:
         """A number of tokens that the text has at least, without tokenizing it."""
-        ...
 
     def piece(self, token: int) -> bytes:
         """Bytes of a token as text; empty for control tokens."""
-        ...
 
     def spelling(self, token: int) -> bytes:
         """The same, but control tokens as a prompt has them."""
-        ...
 
     def vocabulary(self) -> Vocabulary:
         """For comparing it with that of another model; reading it takes a moment."""
-        ...
 
     def decode(self, batch: Batch) -> Float32:
         """Compute the batch; returns logits, shape (number of outputs, n_vocab), in batch order.
 
         The array is valid until the next call.  Raises NoSlot.
         """
-        ...
 
     def decode_image(self, piece: EncodedPiece, position: int, sequence_id: int) -> None:
         """Compute (a part of) a piece of an image that begins at that position of the sequence.
         Raises NoSlot."""
-        ...
 
     def state(self, sequence_id: int, max_bytes: int) -> memoryview | None:
         """What the cells of a sequence hold, for `restore`; None if that is more."""
-        ...
 
     def restore(self, sequence_id: int, state: bytearray) -> bool:
         """Give an empty sequence such cells.  Returns False if that is not possible."""
-        ...
 
     def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         """Make room for texts of `size` tokens and what is shorter; what was computed of others is
         gone.  Raises BoxError."""
-        ...
 
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         """Compute texts, or parts that go on where the last one ended: the sum of the last hidden
         states of each sequence in the batch, or what the model makes of the whole, in the batch's
         order; shape (sequences, n_embd).  Before that, free the cells of the sequence ids `ended`.
         Leaves what `decode` computes alone.  Raises BoxError."""
-        ...

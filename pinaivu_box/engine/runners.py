@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
 from pinaivu_box.engine.messages import DeviceMemory, DraftFiles, LoadModel
@@ -52,11 +52,7 @@ def _of_draft(load: LoadModel, draft: DraftFiles) -> LoadModel:
     the model."""
     return replace(
         load,
-        path=draft.path,
-        offset=draft.offset,
-        parts=draft.parts,
-        model=draft.model,
-        adapters=draft.adapters,
+        **asdict(draft),
         draft=None,
         projector="",
         saved=None,

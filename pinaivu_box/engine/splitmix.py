@@ -43,11 +43,6 @@ def row_keys(seeds: Sequence[int], positions: npt.NDArray[np.integer]) -> UInt64
     return splitmix64(masked, positions.astype(np.uint64))
 
 
-def gumbel_noise(seed: int, position: int, ids: npt.NDArray[np.intp]) -> Float64:
-    """Standard Gumbel noise for token `ids` at `position` of a sequence with that seed."""
-    return gumbels(row_keys([seed], np.array([position])), ids)
-
-
 def gumbels(keys: UInt64 | np.uint64, ids: npt.NDArray[np.intp]) -> Float64:
     """Standard Gumbel noise of tokens: the uniform of token i is from the i-th output of SplitMix64
     started at the key.  The arrays are broadcast."""

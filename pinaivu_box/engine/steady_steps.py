@@ -37,7 +37,6 @@ class SteadySteps:
             [sequence.position(sequence.computed) for sequence in sequences],
             [sequence.sequence_id for sequence in sequences],
             [1] * len(sequences),
-            single=len(sequences),
         )
 
     def draw(self, logits: Float32) -> tuple[list[int], Float32]:

@@ -178,7 +178,7 @@ def _prefix_store(load: LoadModel, facts: ModelFacts) -> PrefixStore | None:
     from pinaivu_box.engine.prefix_store import PrefixStore
 
     # Only what was computed as this engine computes it.
-    exactness = f"\n{facts.exactness}" if facts.exact else ""
+    exactness = f"\n{facts.exactness}" if facts.exactness else ""
     return PrefixStore(load.saved, f"{facts.build}\n{load.kv_type}\n{facts.cells}{exactness}")
 
 

@@ -283,7 +283,7 @@ class Ledger:
                 ours = await session.head()
                 await session.send(ours)
                 theirs = await session.receive()
-                if not isinstance(theirs, w.Begin | w.Wait):
+                if not isinstance(theirs, w.Begin | w.SessionBusy):
                     raise ProtocolError(f"{wire.short(session.peer)} did not send Begin.")
         finally:
             del self._their_turns[session.peer]
@@ -302,7 +302,7 @@ class Ledger:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_WAIT_SECONDS), turn:
                             pass
-                    theirs = await session.call(w.Wait(), w.Begin)
+                    theirs = await session.call(w.SessionBusy(), w.Begin)
                 async with turn:
                     ours = await session.head()
                     await session.send(ours)

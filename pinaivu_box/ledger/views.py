@@ -10,6 +10,7 @@ from operator import attrgetter
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from pinaivu_box import amount
 from pinaivu_box.config import PeeringConfig
@@ -165,23 +166,18 @@ async def all_balances(database: Database, peering: PeeringConfig) -> list[Balan
 
 
 def entry_view(entry: LedgerEntry) -> EntryView:
-    return EntryView(
-        request_id=entry.request_id,
-        leg=entry.leg,
-        choice=entry.choice,
-        served_by_us=entry.served_by_us,
-        amount=amount.to_text(entry.amount),
-        currency=entry.currency,
-        at=utc_text(entry.at / 1000),
-        prompt_paid=entry.prompt_paid,
-        accepted=bool(entry.acceptance),
-        disputed=entry.disputed,
-        forgiven_at=time_text(entry.forgiven_at),
-        statement=entry.statement,
-        proof=entry.proof.decode(),
-        signature=entry.signature.hex(),
-        acceptance=entry.acceptance.hex(),
-    )
+    fields = asdict(entry)
+    del fields["peer"]
+    fields |= {
+        "amount": amount.to_text(entry.amount),
+        "at": utc_text(entry.at / 1000),
+        "accepted": bool(entry.acceptance),
+        "forgiven_at": time_text(entry.forgiven_at),
+        "proof": entry.proof.decode(),
+        "signature": entry.signature.hex(),
+        "acceptance": entry.acceptance.hex(),
+    }
+    return EntryView(**fields)
 
 
 async def all_disproofs(database: Database, peer: str | None = None) -> list[DisproofView]:
@@ -189,17 +185,15 @@ async def all_disproofs(database: Database, peer: str | None = None) -> list[Dis
     names = await peer_names.names(database)
     return [
         DisproofView(
-            peer=stored.peer,
-            name=_name(names, stored.peer),
-            request_id=stored.request_id,
-            leg=stored.leg,
-            choice=stored.choice,
-            at=utc_text(stored.at / 1000),
-            amount=_text(stored.amount),
-            currency=stored.currency,
-            why=msgspec.json.decode(stored.signed)["why"],
-            signed=stored.signed.decode(),
-            signature=stored.signature.hex(),
+            **asdict(stored)
+            | {
+                "name": _name(names, stored.peer),
+                "at": utc_text(stored.at / 1000),
+                "amount": _text(stored.amount),
+                "why": msgspec.json.decode(stored.signed)["why"],
+                "signed": stored.signed.decode(),
+                "signature": stored.signature.hex(),
+            }
         )
         for stored in await disproofs.ls(database, peer)
     ]

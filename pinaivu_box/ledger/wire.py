@@ -13,7 +13,7 @@
     Judged(accepted, ...)    EntriesTaken  and the acceptances of that
     Propose(signed, ...)     Agreed        the other's signature over the same bytes
     Done                                   the sender has what it lacked: now the other asks
-    Begin                    Wait          another session of the two is under way: send Begin again
+    Begin                    SessionBusy   another session of the two is under way: send Begin again
 
 The response to any of them may be `Reject`, with a sentence; it ends the session.
 """
@@ -98,7 +98,7 @@ class Begin(Struct, frozen=True, tag="Begin"):
     head: Annotated[bytes, Meta(max_length=32)]
 
 
-class Wait(Struct, frozen=True, tag="Wait"):
+class SessionBusy(Struct, frozen=True, tag="Wait"):
     pass
 
 
@@ -177,7 +177,7 @@ Request = (
     Look | AskRanges | GiveEntries | TakeEntries | ClaimEntries | Unaccepted | Judged | Propose
 )
 Response = LedgerDigest | RangeHashes | Entries | EntriesTaken | ClaimEntries | Judged | Agreed
-Frame = Begin | Wait | Request | Response | Done | Reject
+Frame = Begin | SessionBusy | Request | Response | Done | Reject
 decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 

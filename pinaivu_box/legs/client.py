@@ -135,7 +135,7 @@ class PeerClient:
 
         async def tell() -> None:
             with contextlib.suppress(PeeringError, ValueError):
-                await leg_wire.send(stream, leg_wire.Stop())
+                await leg_wire.send(stream, leg_wire.StopLeg())
 
         self._stops.spawn(tell())
 

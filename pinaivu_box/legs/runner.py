@@ -89,7 +89,7 @@ class LegRun:
                 self.attempts.clear()
         chosen: LegAttempt | None = None
         try:
-            chosen = await _Search(self, boxes, job).first_to_answer()
+            chosen = await _BoxSearch(self, boxes, job).first_to_answer()
             await self._leave_all_but(chosen)
             chosen.deliver_to(self._deliver)
             return await chosen.task
@@ -139,10 +139,7 @@ class LegAttempt:
     """
 
     def __init__(
-        self,
-        box: ChosenBox,
-        earlier: Extras | None,
-        failed: Callable[[FailedLeg], None] = lambda _failure: None,
+        self, box: ChosenBox, earlier: Extras | None, failed: Callable[[FailedLeg], None]
     ) -> None:
         self.box, self.leg = box, box.leg
         self._failed = failed
@@ -222,7 +219,7 @@ class LegAttempt:
             self.outcome.set_result(None)
 
 
-class _Search:
+class _BoxSearch:
     """For a box that answers: several are asked, one after another or side by side."""
 
     def __init__(self, run: LegRun, boxes: Boxes, job: Job) -> None:

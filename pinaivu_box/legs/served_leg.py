@@ -231,7 +231,7 @@ class ServedLeg:
                 self.verdict = message
                 return
             self._leg.cancel()
-            if not isinstance(message, leg_wire.Stop):
+            if not isinstance(message, leg_wire.StopLeg):
                 return
 
 
@@ -244,7 +244,7 @@ def asked_upstream(started: Started) -> leg_wire.AskedUpstream | UnsetType:
 def _within_bounds(statement: UpstreamLeg, record: LegRecord) -> UpstreamLeg:
     """With no more tokens than the peer takes (`verify.most_of_upstream`): an upstream may count
     thoughts that it does not show."""
-    prompt, completion = most_of_upstream(record.job, "".join(record.text))
+    prompt, completion = most_of_upstream(record.job, len("".join(record.text).encode()))
     counted = record.counted
     if counted is None or (counted.prompt <= prompt and counted.completion <= completion):
         return statement

@@ -265,7 +265,7 @@ class LegVerifier:
         request's."""
         began, job = self._began, self._job
         assert began is not None and began.upstream is not UNSET
-        prompt, completion = _most_of_upstream(job, self._bytes)
+        prompt, completion = most_of_upstream(job, self._bytes)
         if leg.prompt_tokens > prompt or leg.completion_tokens > completion:
             raise ProtocolViolation("more tokens of an upstream than the texts can have")
         if leg.cached_tokens > leg.prompt_tokens:
@@ -301,14 +301,10 @@ def may_answer(answer: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> b
     return answer.context > 0 and _may_have(asked_text(job) + job.system, len(answer.tokens))
 
 
-def most_of_upstream(job: Job, text: str) -> tuple[int, int]:
-    """How many tokens of the prompt and of the answer with that text an upstream's leg may be
-    billed: the box that serves it claims no more, and the one that asked for it accepts no more."""
-    return _most_of_upstream(job, len(text.encode()))
-
-
-def _most_of_upstream(job: Job, size: int) -> tuple[int, int]:
-    """Twice what is estimated, as some languages have more tokens, and what nobody sees."""
+def most_of_upstream(job: Job, size: int) -> tuple[int, int]:
+    """How many tokens of the prompt and of an answer with so many bytes of text an upstream's leg
+    may be billed: the box that serves it claims no more, and the one that asked for it accepts no
+    more.  Twice what is estimated, as some languages have more tokens, and what nobody sees."""
     system = estimate_tokens(len(job.system.encode()))
     prompt = 2 * (estimate_prompt(job) + system) + _UNSEEN_PROMPT_TOKENS
     if job.inputs is not None:

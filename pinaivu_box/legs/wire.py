@@ -5,7 +5,7 @@
                                  <-         LegRefused, and that is all; or Tokens, to a Count,
                                             after Alive while it waits, if `patient`
                                  <-         LegStarted, PromptRead, Outputs ..., Alive while idle
-    Stop, at any time            ->
+    StopLeg, at any time         ->
                                  <-         LegProof, before the Outputs with the finish reason
     Accepted, or Disputed        ->
 
@@ -159,7 +159,7 @@ class Count(Struct, frozen=True, tag="count"):
     patient: bool | UnsetType = UNSET  # here and below: so that frames of others stay as they were
 
 
-class Stop(Struct, frozen=True, tag="stop"):
+class StopLeg(Struct, frozen=True, tag="stop"):
     """The client is gone: stop within a step, and prove what was made."""
 
 
@@ -175,7 +175,7 @@ class Disputed(Struct, frozen=True, tag="disputed"):
     why: Annotated[str, Meta(max_length=500)]
 
 
-ToServing = LegRequest | Count | Stop | Accepted | Disputed
+ToServing = LegRequest | Count | StopLeg | Accepted | Disputed
 
 
 class LegRefused(Struct, frozen=True, tag="refused"):

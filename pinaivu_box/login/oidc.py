@@ -94,12 +94,7 @@ class SignOn:
             link=link,
             expires=time.time() + LIFE_SECONDS,
         )
-        url = await provider.login_url(
-            redirect_uri=redirect_uri,
-            state=attempt.state,
-            nonce=attempt.nonce,
-            verifier=attempt.verifier,
-        )
+        url = await provider.login_url(attempt)
         sealed = self._box.encrypt(msgspec.json.encode(attempt), encoder=URLSafeBase64Encoder)
         return url, sealed.decode()
 
@@ -113,12 +108,7 @@ class SignOn:
         code = parameters.get("code", "")
         if "error" in parameters or not 0 < len(code) <= _MAX_CODE_CHARACTERS:
             raise SignOnFailed(f"{provider.config.name} has not logged you in: {_AGAIN}")
-        claims = await provider.claims(
-            code,
-            redirect_uri=attempt.redirect_uri,
-            nonce=attempt.nonce,
-            verifier=attempt.verifier,
-        )
+        claims = await provider.claims(attempt, code)
         return person_of(claims, attempt.issuer), attempt
 
     def _attempt(self, provider: Provider, cookie: str, parameters: Mapping[str, str]) -> Attempt:

@@ -24,6 +24,8 @@ from pinaivu_box.secret import Secret
 if TYPE_CHECKING:
     from joserfc.jwk import KeySet
 
+    from pinaivu_box.login.oidc import Attempt
+
 log = logging.getLogger("pinaivu.login")
 
 _KEPT_SECONDS = 3600.0  # what the provider publishes
@@ -58,40 +60,39 @@ class Provider:
         self._keys: tuple[float, KeySet] | None = None
         self._running = 0  # logins that ask it now
 
-    async def login_url(self, *, redirect_uri: str, state: str, nonce: str, verifier: str) -> str:
+    async def login_url(self, attempt: Attempt) -> str:
         """Where the browser logs in, and is sent back from.  Raises SignOnUnavailable."""
         endpoint = (await self.endpoints()).authorization_endpoint
-        challenge = urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=")
+        challenge = urlsafe_b64encode(hashlib.sha256(attempt.verifier.encode()).digest()).rstrip(
+            b"="
+        )
         parameters = {
             "response_type": "code",
             "client_id": self.config.client_id,
-            "redirect_uri": redirect_uri,
+            "redirect_uri": attempt.redirect_uri,
             "scope": " ".join(self.config.scopes),
-            "state": state,
-            "nonce": nonce,
+            "state": attempt.state,
+            "nonce": attempt.nonce,
             "code_challenge": challenge.decode(),
             "code_challenge_method": "S256",
         }
         return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(parameters)}"
 
-    async def claims(
-        self, code: str, *, redirect_uri: str, nonce: str, verifier: str
-    ) -> dict[str, Any]:
-        """What the provider says of who logged in.  Raises SignOnFailed."""
+    async def claims(self, attempt: Attempt, code: str) -> dict[str, Any]:
+        """What the provider says of who logged in, and came back with that code.  Raises
+        SignOnFailed."""
         if self._running >= _MAX_AT_ONCE:
             raise self._http.unusable("many people are logging in")
         self._running += 1
         try:
-            return await self._claims(code, redirect_uri, nonce, verifier)
+            return await self._claims(attempt, code)
         finally:
             self._running -= 1
 
-    async def _claims(
-        self, code: str, redirect_uri: str, nonce: str, verifier: str
-    ) -> dict[str, Any]:
+    async def _claims(self, attempt: Attempt, code: str) -> dict[str, Any]:
         endpoints = await self.endpoints()
-        token, access_token = await self._tokens(endpoints, code, redirect_uri, verifier)
-        claims = await self._checked(endpoints, token, nonce, access_token)
+        token, access_token = await self._tokens(endpoints, attempt, code)
+        claims = await self._checked(endpoints, token, attempt.nonce, access_token)
         if endpoints.userinfo_endpoint and access_token:
             more = await self._http.document(
                 endpoints.userinfo_endpoint,
@@ -123,15 +124,13 @@ class Provider:
             self._endpoints = (self._clock(), endpoints)
             return endpoints
 
-    async def _tokens(
-        self, endpoints: Endpoints, code: str, redirect_uri: str, verifier: str
-    ) -> tuple[str, str]:
+    async def _tokens(self, endpoints: Endpoints, attempt: Attempt, code: str) -> tuple[str, str]:
         """The ID token and the access token for a code.  Raises SignOnFailed."""
         client_id, body = self.config.client_id, {
             "grant_type": "authorization_code",
             "code": code,
-            "redirect_uri": redirect_uri,
-            "code_verifier": verifier,
+            "redirect_uri": attempt.redirect_uri,
+            "code_verifier": attempt.verifier,
         }  # fmt: skip
         more: dict[str, Any] = {"data": body}
         methods = endpoints.token_endpoint_auth_methods_supported

@@ -12,6 +12,7 @@ import httpx
 import msgspec
 
 import pinaivu_box
+from pinaivu_box import http_body
 from pinaivu_box.errors import SignOnUnavailable
 from pinaivu_box.login_config import is_safe_url
 
@@ -71,15 +72,13 @@ class ProviderHttp:
                 ) as client,
                 client.stream(method, url, **more) as answer,
             ):
-                data = b""
-                async for part in answer.aiter_bytes():
-                    data += part
-                    if len(data) > _MAX_BYTES:
-                        raise self.unusable(f"its {what} is too long")
+                data = await http_body.read(answer, _MAX_BYTES)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             # Who asks at the same time need not wait for that once more, one after the other.
             self._silent_until = time.monotonic() + _SILENT_SECONDS
             raise self.unusable("it does not answer") from error
+        if data is None:
+            raise self.unusable(f"its {what} is too long")
         if answer.status_code >= 500:
             raise self.unusable(f"its {what} answered {answer.status_code}")
         try:

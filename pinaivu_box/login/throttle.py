@@ -40,7 +40,7 @@ _OF_ADDRESS = _Limit(20, 900.0)
 _OF_ACCOUNT = _Limit(20, 10.0)
 
 
-class _Failures(NamedTuple):
+class _FailedLogins(NamedTuple):
     number: int
     last: float
 
@@ -51,9 +51,9 @@ class Throttle:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pairs: BoundedDict[str, _Failures] = BoundedDict(_MAX_ENTRIES)
-        self._addresses: BoundedDict[str, _Failures] = BoundedDict(_MAX_ENTRIES)
-        self._accounts: BoundedDict[str, _Failures] = BoundedDict(_MAX_ENTRIES)
+        self._pairs: BoundedDict[str, _FailedLogins] = BoundedDict(_MAX_ENTRIES)
+        self._addresses: BoundedDict[str, _FailedLogins] = BoundedDict(_MAX_ENTRIES)
+        self._accounts: BoundedDict[str, _FailedLogins] = BoundedDict(_MAX_ENTRIES)
 
     def wait(self, account: str, address: str, *, known: bool = False) -> int:
         """Whole seconds until the next attempt is allowed; 0: now.  `known`: the account has logged
@@ -69,7 +69,7 @@ class Throttle:
     def attempt(self, account: str, address: str) -> None:
         now = self._clock()
         for entries, key, _ in self._kept(account, address):
-            entries[key] = _Failures(_current(entries, key, now).number + 1, now)
+            entries[key] = _FailedLogins(_current(entries, key, now).number + 1, now)
 
     def succeeded(self, account: str, address: str) -> None:
         for entries, key, _ in self._kept(account, address):
@@ -81,7 +81,7 @@ class Throttle:
 
     def _kept(
         self, account: str, address: str
-    ) -> Iterator[tuple[BoundedDict[str, _Failures], str, _Limit]]:
+    ) -> Iterator[tuple[BoundedDict[str, _FailedLogins], str, _Limit]]:
         network = network_of(address)
         yield self._pairs, f"{network} {account}", _OF_PAIR
         yield self._addresses, network, _OF_ADDRESS
@@ -125,8 +125,8 @@ def network_of(address: str) -> str:
     return str(ip)
 
 
-def _current(entries: BoundedDict[str, _Failures], key: str, now: float) -> _Failures:
+def _current(entries: BoundedDict[str, _FailedLogins], key: str, now: float) -> _FailedLogins:
     failures = entries.get(key)
     if failures is None or now - failures.last > _FORGOTTEN_AFTER:
-        return _Failures(0, -math.inf)
+        return _FailedLogins(0, -math.inf)
     return failures

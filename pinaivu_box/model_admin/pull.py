@@ -18,7 +18,7 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.model_admin.progress import PullProgress
 from pinaivu_box.model_admin.target import Target, present
 from pinaivu_box.models import catalog
-from pinaivu_box.models.names import MAX_NAME, is_model_id
+from pinaivu_box.models.names import MAX_NAME, is_model_id, spellings, with_tag
 from pinaivu_box.network.network import Network
 from pinaivu_box.registry import pulls
 from pinaivu_box.registry.pulls import RunningPull
@@ -135,7 +135,7 @@ def _check_digest(wanted: Pull) -> None:
 def _name_here(wanted: Pull) -> str:
     """The name on this box, with its tag.  Raises InvalidBody."""
     given, field_name = (wanted.model, "model") if wanted.as_ is None else (wanted.as_, "as")
-    name = given if ":" in given else f"{given}:latest"
+    name = with_tag(given)
     if not is_model_id(name):
         raise InvalidBody(
             f"'{given}' is not a model name: write it as name:tag.", loc=("body", field_name)
@@ -175,5 +175,4 @@ def _sources(network: Network, wanted: Pull) -> list[DownloadSource]:
 def _matches(offer: Offer, wanted: Pull) -> bool:
     if wanted.digest:
         return offer.digest.hex().startswith(wanted.digest)
-    names = (wanted.model, f"{wanted.model}:latest", wanted.model.removesuffix(":latest"))
-    return offer.id in names
+    return offer.id in spellings(wanted.model)

@@ -5,7 +5,6 @@ In the executable its weights are memory-mapped straight out of it, and nothing 
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,27 +37,7 @@ def find() -> Location | None:
 
 def read_footer(executable: Path) -> Location | None:
     """The model that ends the executable."""
-    last = _last(executable)
-    return _location(last) if last else None
-
-
-def append(executable: Path, gguf: Path) -> Location:
-    """Put `gguf` at the end of `executable`, in place of a model that is already there."""
-    existing = _last(executable)
-    temporary = executable.with_name(executable.name + ".new")
-    shutil.copy2(executable, temporary)
-    if existing:
-        with temporary.open("r+b") as out:
-            out.truncate(existing.before)
-    made = appended.append(temporary, appended.MODEL, gguf)
-    temporary.replace(executable)
-    return _location(made, executable)
-
-
-def _last(executable: Path) -> appended.Appended | None:
-    found = appended.read(executable)
-    return found[0] if found and found[0].mark == appended.MODEL else None
-
-
-def _location(found: appended.Appended, path: Path | None = None) -> Location:
-    return Location(path or found.path, found.offset, found.size, found.digest)
+    last = next(iter(appended.read(executable)), None)
+    if last is None or last.mark != appended.MODEL:
+        return None
+    return Location(executable, last.offset, last.size, last.digest)

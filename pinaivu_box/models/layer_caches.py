@@ -51,11 +51,6 @@ def layer_caches(architecture: str, metadata: Metadata) -> tuple[LayerCache, ...
     return tuple(model.cache(layer) for layer in range(model.layers))
 
 
-def is_recurrent(architecture: str) -> bool:
-    """Whether its sequences have a state that cannot be cut."""
-    return architecture in _RECURRENT | _WITHOUT_HEADS | _INTERVALS | _BOTH
-
-
 @dataclass(frozen=True)
 class _Model:
     architecture: str

@@ -21,6 +21,10 @@ def spellings(model_id: str) -> tuple[str, str, str]:
     return model_id, f"{model_id}:latest", model_id.removesuffix(":latest")
 
 
+def with_tag(name: str) -> str:
+    return name if ":" in name else f"{name}:latest"
+
+
 def printable(text: str, max_chars: int = 400) -> str:
     """The text in one line for a terminal, a log or JSON: what is not printable is escaped, as are
     the bytes of a file name that are not UTF-8, and what is longer than `max_chars` is cut."""

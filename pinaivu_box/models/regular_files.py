@@ -41,6 +41,14 @@ def stat_regular(path: Path) -> os.stat_result:
     return facts
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home directory in place of `~`, if there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def download_mark(path: Path) -> Path:
     """What aria2 keeps beside a file, which has its full size from the start, until it is whole."""
     return path.with_name(f"{path.name}.aria2")

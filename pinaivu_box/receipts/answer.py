@@ -67,7 +67,7 @@ class _ChatMessage(Struct, frozen=True):
     reasoning_content: str | None = None
 
 
-class _ChatChoice(Struct, frozen=True):
+class _AnsweredChoice(Struct, frozen=True):
     index: int
     message: _ChatMessage
     logprobs: _ChatLogprobs | None = None
@@ -119,7 +119,7 @@ class _Vector(Struct, frozen=True):
 
 class _Chat(Struct, frozen=True, tag_field="object", tag="chat.completion"):
     request_id: str
-    choices: list[_ChatChoice]
+    choices: list[_AnsweredChoice]
 
 
 class _Completion(Struct, frozen=True, tag_field="object", tag="text_completion"):

@@ -22,13 +22,14 @@ import httpx
 import msgspec
 
 import pinaivu_box
-from pinaivu_box import backoff
+from pinaivu_box import backoff, http_body
 from pinaivu_box.errors import PullFailed, quoted
 from pinaivu_box.registry.reference import host_of, is_loopback
 
 T = TypeVar("T")
 
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
+_MAX_ERROR_BYTES = 65_536
 _MAX_REDIRECTS = 5
 _CONNECT_SECONDS = 15.0
 _STALL_SECONDS = 30.0  # without a byte
@@ -55,12 +56,12 @@ class HttpStatus(PullFailed):
         super().__init__(f"{self.host} answered {status} {phrase}".rstrip() + f"{said}.")
 
 
-def hub_token(environ: Mapping[str, str] = os.environ) -> str:
+def hub_token() -> str:
     """The user's token for the Hub; empty if there is none."""
-    if token := environ.get("HF_TOKEN", "").strip():
+    if token := os.environ.get("HF_TOKEN", "").strip():
         return token
     try:
-        return Path(environ.get("HF_TOKEN_PATH", _TOKEN_FILE)).expanduser().read_text().strip()
+        return Path(os.environ.get("HF_TOKEN_PATH", _TOKEN_FILE)).expanduser().read_text().strip()
     except (OSError, RuntimeError, UnicodeDecodeError):
         return ""
 
@@ -119,13 +120,11 @@ class RegistryClient:
         raise AssertionError("the last attempt returns or raises")
 
     async def _download(self, url: str, accept: str, max_bytes: int) -> bytes:
-        data = bytearray()
         async with self.open(url, {"Accept": accept}) as response:
-            async for part in response.aiter_bytes():
-                data += part
-                if len(data) > max_bytes:
-                    raise PullFailed(f"What {host_of(url)} sent is too long to be a description.")
-        return bytes(data)
+            data = await http_body.read(response, max_bytes)
+        if data is None:
+            raise PullFailed(f"What {host_of(url)} sent is too long to be a description.")
+        return data
 
     @asynccontextmanager
     async def open(self, url: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
@@ -194,13 +193,8 @@ def _is_safe(realm: str, origin: httpx.URL) -> bool:
 
 async def _detail(response: httpx.Response) -> str:
     """What an answer says about its failure: the first error of an OCI registry, or the Hub's."""
-    data = b""
     try:
-        async for part in response.aiter_bytes():
-            data += part
-            if len(data) > 65_536:
-                return ""
-        body: Any = msgspec.json.decode(data)
+        body: Any = msgspec.json.decode(await http_body.read(response, _MAX_ERROR_BYTES) or b"")
     except (httpx.TransportError, msgspec.DecodeError, UnicodeDecodeError):
         return ""
     if not isinstance(body, dict):

@@ -87,7 +87,7 @@ class Offers:
         for upstream in self._upstreams.all:
             if not upstream.config.for_peers or upstream.down is not None:
                 continue
-            for model_id in upstream.models():
+            for model_id in upstream.models:
                 if model_id not in names:
                     names.add(model_id)
                     yield self._offer_of(upstream, upstream.model(model_id))

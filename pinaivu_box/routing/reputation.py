@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
-from pinaivu_box.store import opinions
+from pinaivu_box.store import peer_tables
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.opinions import StoredOpinion
+from pinaivu_box.store.peer_tables import StoredOpinion
 
 log = logging.getLogger("pinaivu.reputation")
 
@@ -141,7 +141,7 @@ class Reputation:
 
 async def load_and_save(reputation: Reputation, database: Database) -> None:
     """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""
-    reputation.restore(await opinions.load(database))
+    reputation.restore(await peer_tables.load(database, StoredOpinion))
     try:
         while True:
             await asyncio.sleep(_SAVE_SECONDS)
@@ -154,7 +154,7 @@ async def _save(reputation: Reputation, database: Database) -> None:
     changed, reputation.changed = reputation.changed, set()
     try:
         if changed:
-            await opinions.keep(database, {peer: reputation.opinions[peer] for peer in changed})
+            await peer_tables.keep(database, {peer: reputation.opinions[peer] for peer in changed})
     except sqlite3.Error:
         reputation.changed |= changed
         log.exception("opinions of peers could not be written; they are written again later")

@@ -46,7 +46,7 @@ def _view(box: Box, upstream: Upstream) -> UpstreamView:
         url=upstream.config.url,
         state=state,
         why=why,
-        models=upstream.models(),
+        models=upstream.models,
         running=upstream.places.running,
         waiting=upstream.places.waiting,
         concurrency=upstream.places.limit,

@@ -31,7 +31,7 @@ def not_ready(box: Box) -> str | None:
     """Why no model can be served; None if one can."""
     if box.admission.draining:
         return "shutting down"
-    if any(upstream.down is None and upstream.models() for upstream in box.upstreams.all):
+    if any(upstream.down is None and upstream.models for upstream in box.upstreams.all):
         return None
     if not box.catalog.models:
         return "no model is installed"

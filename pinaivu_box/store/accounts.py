@@ -208,10 +208,8 @@ async def change_password(
 
 async def have_passwords(database: Database) -> bool:
     """Whether there is an account that somebody can log in to with a password."""
-    rows = await database.read(
-        "SELECT 1 FROM accounts WHERE password IS NOT NULL AND removed_at IS NULL LIMIT 1"
-    )
-    return bool(rows)
+    sql = "SELECT 1 FROM accounts WHERE password IS NOT NULL AND removed_at IS NULL LIMIT 1"
+    return bool(await database.read(sql))
 
 
 async def admin_can_log_in(database: Database) -> bool:

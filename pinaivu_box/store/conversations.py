@@ -126,15 +126,14 @@ async def sizes(database: Database, account_id: str) -> ChatSizes:
 
 
 async def sizes_of(database: Database, conversation_ids: list[str]) -> dict[str, tuple[int, int]]:
-    """How many messages each of some conversations has, and how many bytes; those without are left
-    out."""
+    """How many messages each of these conversations has, and how many bytes."""
     places = ", ".join("?" for _ in conversation_ids)
     rows = await database.scan(
         "SELECT conversation_id, count(*), sum(bytes) FROM messages"
         f" WHERE conversation_id IN ({places}) GROUP BY conversation_id",
         conversation_ids,
     )
-    return {row[0]: (row[1], row[2]) for row in rows}
+    return dict.fromkeys(conversation_ids, (0, 0)) | {row[0]: (row[1], row[2]) for row in rows}
 
 
 def insert(row: ConversationRow, account_id: str, room: ChatSizes) -> SqlStatement:

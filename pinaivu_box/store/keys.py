@@ -216,8 +216,7 @@ async def keep_transcript_key(database: Database, key: Key, secret: str) -> Key:
 
 async def exist(database: Database, *, beside: str = "") -> bool:
     """Whether there are keys, `beside` those of that name."""
-    rows = await database.read("SELECT 1 FROM keys WHERE name <> ? LIMIT 1", (beside,))
-    return bool(rows)
+    return bool(await database.read("SELECT 1 FROM keys WHERE name <> ? LIMIT 1", (beside,)))
 
 
 async def ls(

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -37,8 +37,8 @@ class Installed(Struct, frozen=True):
     executable: Path
 
 
-def user_units(environ: Mapping[str, str] = os.environ) -> Path:
-    chosen = environ.get("XDG_CONFIG_HOME")
+def user_units() -> Path:
+    chosen = os.environ.get("XDG_CONFIG_HOME")
     return (Path(chosen) if chosen else Path.home() / ".config") / "systemd" / "user"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from pinaivu_box import backoff
+from pinaivu_box import backoff, http_body
 from pinaivu_box.text import number
 from pinaivu_box.tracing.span import Span, Value, export_request
 
@@ -148,11 +148,7 @@ class Exporter:
                 asyncio.timeout(_TIMEOUT_SECONDS),
                 client.stream("POST", url, content=content, headers=headers) as answer,
             ):
-                body = b""
-                async for part in answer.aiter_bytes():
-                    body += part
-                    if len(body) > _MAX_ANSWER_BYTES:
-                        break
+                body = await http_body.read(answer, _MAX_ANSWER_BYTES) or b""
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             raise _Refused(f"cannot be reached ({type(error).__name__})", 0.0) from None
         if answer.status_code in _RETRIED:

@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 import pinaivu_box
+from pinaivu_box import http_body
 from pinaivu_box.config import UpstreamConfig
 from pinaivu_box.errors import (
     ApiError,
@@ -227,12 +228,10 @@ def _data(line: bytes) -> bytes:
 
 
 async def _whole(response: httpx.Response, most: int) -> bytes:
-    data = bytearray()
-    async for part in response.aiter_bytes():
-        data += part
-        if len(data) > most:
-            raise httpx.DecodingError(f"sent more than {most} bytes")
-    return bytes(data)
+    data = await http_body.read(response, most)
+    if data is None:
+        raise httpx.DecodingError(f"sent more than {most} bytes")
+    return data
 
 
 async def _once(response: httpx.Response) -> AsyncIterator[bytes]:

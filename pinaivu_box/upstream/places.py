@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class _Tenant:
+class _WaitingTenant:
     """Those of it that wait, each with its priority, and what it has had: places by its weight,
     counted from where the others were when it came."""
 
@@ -25,7 +25,7 @@ class _Tenant:
 class Places:
     def __init__(self, limit: int) -> None:
         self.limit, self.running = limit, 0
-        self._tenants: dict[str, _Tenant] = {}  # those with requests that wait
+        self._tenants: dict[str, _WaitingTenant] = {}  # those with requests that wait
         self._had = 0.0  # by whoever had the last place that was waited for
         self._idle = asyncio.Event()  # set whenever a place is given back
 
@@ -57,7 +57,7 @@ class Places:
 
     async def _turn(self, name: str, weight: float, priority: int) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        tenant = self._tenants.setdefault(name, _Tenant(self._had))
+        tenant = self._tenants.setdefault(name, _WaitingTenant(self._had))
         tenant.weight = weight
         tenant.waiting[turn] = priority
         try:

@@ -37,7 +37,8 @@ def body_of(job: Job, model: str, *, openai_only: bool) -> dict[str, Any]:
     """The body of the request for a `model` of that name there.  With `openai_only` the server
     refuses what OpenAI does not know.  Raises UnsupportedParameter."""
     if job.inputs is not None:
-        return {"model": model, "input": _inputs(job.inputs), **_present(dimensions=job.dimensions)}
+        inputs = job.inputs[0] if len(job.inputs) == 1 else job.inputs
+        return {"model": model, "input": inputs, **_present(dimensions=job.dimensions)}
     body = {
         "model": model,
         **(_chat(job, openai_only) if job.prompt is None else _completion(job)),
@@ -144,10 +145,6 @@ def _format(constraint: Constraint) -> dict[str, Any]:
         return {"response_format": {"type": "json_object"}}
     schema = {"name": "answer", "schema": msgspec.Raw(constraint.text.encode())}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
-
-
-def _inputs(inputs: list[str | list[int]]) -> Any:
-    return inputs[0] if len(inputs) == 1 else inputs
 
 
 def _present(**values: Any) -> dict[str, Any]:

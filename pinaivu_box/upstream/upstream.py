@@ -54,7 +54,7 @@ class Upstream:
         self.looked = asyncio.Event()  # for the first time
         self._node_id = node_id
         self._listed: dict[str, int] = {}  # what it says it has, with their contexts
-        self._models: dict[str, str]
+        self.models: dict[str, str]  # by their names here, their names there
         self._catalog: dict[str, Model]
         self._busy_until = 0.0
         self._failed_in_a_row = 0
@@ -64,10 +64,6 @@ class Upstream:
         self._take_over()
 
     # -- models ------------------------------------------------------------------------------------
-
-    def models(self) -> dict[str, str]:
-        """The names of its models here, each with its name there."""
-        return self._models
 
     def _wanted(self) -> dict[str, str]:
         """Those of its models that the configuration names."""
@@ -86,8 +82,8 @@ class Upstream:
         return self._catalog.get(model_id) or self._described(model_id)
 
     def _take_over(self) -> None:
-        self._models = self._wanted()
-        self._catalog = {model_id: self._described(model_id) for model_id in self._models}
+        self.models = self._wanted()
+        self._catalog = {model_id: self._described(model_id) for model_id in self.models}
 
     def _described(self, model_id: str) -> Model:
         price = self.config.prices.get(model_id, self.config.price)
@@ -103,13 +99,13 @@ class Upstream:
 
     def context(self, model_id: str) -> int:
         """Of a model here; 0 if it does not say."""
-        return self._listed.get(self.models().get(model_id, ""), 0)
+        return self._listed.get(self.models.get(model_id, ""), 0)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def start(self, job: Job) -> LegAtUpstream:
         """See `gateway.backend.Backend`."""
-        model = self.models().get(job.model.id, job.model.id)
+        model = self.models.get(job.model.id, job.model.id)
         return LegAtUpstream(self, job, model, self._node_id)
 
     def leave_alone(self, seconds: float) -> None:

@@ -37,13 +37,13 @@ class Upstreams:
         return list(self._by_name.values())
 
     def with_model(self, model_id: str) -> list[Upstream]:
-        return [upstream for upstream in self.all if model_id in upstream.models()]
+        return [upstream for upstream in self.all if model_id in upstream.models]
 
     def models(self) -> dict[str, Model]:
         """All their models by id; of several under one name, that of the first in the file."""
         found: dict[str, Model] = {}
         for upstream in self.all:
-            for model_id in upstream.models():
+            for model_id in upstream.models:
                 if model_id not in found:
                     found[model_id] = upstream.model(model_id)
         return found

@@ -19,11 +19,11 @@ from pinaivu_box.log import checkpoint, evidence, note
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.merkle import is_consistent
 from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.alarms import Alarms
-from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.questions import Questions
 from pinaivu_box.witness.seen import SeenCheckpoints
 from pinaivu_box.witness.wire import (
@@ -53,7 +53,7 @@ class LogComparison:
         witness: Witness,
         alarms: Alarms,
         questions: Questions,
-        own_log: OwnLog,
+        own_log: ReceiptLog,
         is_known: Callable[[str], bool],
     ) -> None:
         self._node_id, self._witness, self._alarms = node_id, witness, alarms

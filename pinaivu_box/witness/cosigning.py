@@ -13,9 +13,9 @@ from pinaivu_box.errors import PeeringError, StoreError
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.wire import Cosigned, Declined, SizeConflict, Submit
 
 _ATTEMPTS = 4  # until the old size is that of the witness
@@ -30,7 +30,7 @@ Ask = Callable[[Submit], Awaitable[Cosigned | SizeConflict | Declined]]
 class Cosigning:
     """`cosigned` is the last checkpoint that each witness has cosigned since the start."""
 
-    def __init__(self, own_log: OwnLog) -> None:
+    def __init__(self, own_log: ReceiptLog) -> None:
         self._own_log = own_log
         self.cosigned: dict[str, Checkpoint] = {}
         self._asked: set[str] = set()  # who has not answered yet

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from typing import TYPE_CHECKING
 
+from pinaivu_box import http_body
 from pinaivu_box.errors import PeeringError, Unreachable
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError
@@ -83,11 +84,9 @@ class HttpWitnesses:
             self._client = httpx.AsyncClient(timeout=_SECONDS)
         try:
             async with self._client.stream(method, url, content=body, headers=headers) as answer:
-                data = b""
-                async for part in answer.aiter_bytes():
-                    data += part
-                    if len(data) > _MAX_ANSWER_BYTES:
-                        raise PeeringError(f"{url} answered more than a witness does.")
+                data = await http_body.read(answer, _MAX_ANSWER_BYTES)
+                if data is None:
+                    raise PeeringError(f"{url} answered more than a witness does.")
                 former = _former(answer.headers.get(FORMER_HEADER, ""))
                 return answer.status_code, data.decode(errors="replace"), former
         except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -10,12 +10,12 @@ from pinaivu_box.errors import InvalidValue, LinkLost, StoreError
 from pinaivu_box.gossip.adverts import TokenBucket
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError
+from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.comparison import LogComparison
-from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.rules import Rejected, Submission
 from pinaivu_box.witness.wire import Answer, Declined, Question
 from pinaivu_box.witness.witness import NoStatement, Witness
@@ -32,7 +32,7 @@ log = logging.getLogger("pinaivu.witness")
 class LogServer:
     """Serves the purpose `log`."""
 
-    def __init__(self, witness: Witness, comparison: LogComparison, own_log: OwnLog) -> None:
+    def __init__(self, witness: Witness, comparison: LogComparison, own_log: ReceiptLog) -> None:
         self._witness, self._comparison, self._own_log = witness, comparison, own_log
         self._limits: BoundedDict[str, TokenBucket] = BoundedDict(_MAX_PEERS)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from random import Random
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pinaivu_box import backoff
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import PeeringError, PeerRefused, Unreachable
+from pinaivu_box.network.network import Network
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, UnexpectedMessage
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.wire import Answer, Declined, Question
@@ -26,17 +26,11 @@ class AskedToWait(Unreachable):
     """The box has failed before, and is left alone for some time."""
 
 
-class Streams(Protocol):
-    """`network.Network`."""
-
-    async def open(self, peer: str, purpose: str, timeout: float = ...) -> Stream: ...
-
-
 class Questions:
     """Asks; a box that fails, or does not know the purpose, is left alone for a time that
     doubles."""
 
-    def __init__(self, network: Streams, random: Random | None = None) -> None:
+    def __init__(self, network: Network, random: Random | None = None) -> None:
         self._network = network
         self._random = random or Random()  # noqa: S311, it only spreads questions
         self._failures: BoundedDict[str, tuple[int, float]] = BoundedDict(_MAX_REMEMBERED)

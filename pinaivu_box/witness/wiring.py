@@ -13,6 +13,7 @@ from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError, NoteKey
 from pinaivu_box.network.network import Network
+from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.witness import rules, selection
@@ -21,7 +22,6 @@ from pinaivu_box.witness.alarms import Alarms
 from pinaivu_box.witness.comparison import LogComparison
 from pinaivu_box.witness.cosigning import Ask, Cosigning
 from pinaivu_box.witness.http import HttpWitnesses
-from pinaivu_box.witness.own_log import OwnLog
 from pinaivu_box.witness.peers import LogServer
 from pinaivu_box.witness.questions import Questions
 from pinaivu_box.witness.witness import Witness
@@ -39,7 +39,7 @@ class Witnessing:
         self,
         identity: Identity,
         database: Database,
-        own_log: OwnLog,
+        own_log: ReceiptLog,
         settings: Callable[[], WitnessConfig],
     ) -> None:
         self._node_id = identity.node_id

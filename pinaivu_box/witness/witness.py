@@ -169,7 +169,8 @@ class Witness:
         named = 0
         if stated.previous_origin == before.origin and stated.last_checkpoint is not None:
             seen = checkpoint.read(note.read(stated.last_checkpoint))
-            await self._check_fork(before, note.read(stated.last_checkpoint), _tree_head(seen), ())
+            head = TreeHead(seen.origin, seen.size, seen.root)
+            await self._check_fork(before, note.read(stated.last_checkpoint), head, ())
             named = seen.size
         if named < before.size:
             detail = (
@@ -202,7 +203,3 @@ def _box_of(origin: str) -> str:
 
 def _head(last: Witnessed | None) -> TreeHead | None:
     return TreeHead(last.origin, last.size, last.root) if last else None
-
-
-def _tree_head(seen: checkpoint.Checkpoint) -> TreeHead:
-    return TreeHead(seen.origin, seen.size, seen.root)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.audits.choice import FIRST_REQUESTS, AuditChoice
 from pinaivu_box.config import AuditConfig
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 
 GOAL_REQUESTS = 50
 _MAX_REQUESTS = 1_000_000

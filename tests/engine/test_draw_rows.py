@@ -16,7 +16,7 @@ from pinaivu_box.engine.sampling import (
     draw_rows,
     survivors,
 )
-from pinaivu_box.engine.splitmix import gumbel_noise
+from pinaivu_box.engine.splitmix import gumbels, row_keys
 from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]
@@ -108,7 +108,9 @@ def test_top_k_is_that_of_a_plain_stable_sort(k: int, data: st.DataObject) -> No
     expected = []
     for position, row in enumerate(logits):
         ids = plain_top_k(row, k)
-        scores = row[ids].astype(np.float64) / 1e6 + gumbel_noise(7, position, np.array(ids))
+        scores = row[ids].astype(np.float64) / 1e6 + gumbels(
+            row_keys([7], np.array([position])), np.array(ids)
+        )
         expected.append(ids[int(scores.argmax())])
         assert sorted(survivors(row, hot)) == sorted(ids)
     assert draw_rows(logits.copy(), [Draw(hot, n) for n in range(6)]) == expected

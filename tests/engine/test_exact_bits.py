@@ -63,10 +63,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def llama(request: pytest.FixtureRequest, model: Path | None) -> Iterator[LlamaRunner]:
     runner = real_runner(model, **SIZES, kv_tokens=request.param)
     if cpu_library().fixed_split < exactness.ROWS_ALIKE:
-        assert not runner.facts.exact
+        assert not runner.facts.exactness
         runner.close()
         pytest.skip("this llama.cpp is not the one that build/ makes: nothing is promised of it")
-    assert runner.facts.exact
+    assert runner.facts.exactness
     yield runner
     runner.close()
 
@@ -167,7 +167,7 @@ def test_it_would_be_seen_if_a_row_took_another_way(model: Path | None, tmp_path
     file.write_bytes(plain)
     other = real_runner(quantised(file, tmp_path / "f16.gguf", F16), **SIZES, kv_tokens=STREAMS)
     try:
-        assert not other.facts.exact
+        assert not other.facts.exactness
         alone = said(run(engine(other), [one(max_tokens=COUNT)]))
         requests = [one(), *(one(f"o{n}", PROMPT[n:]) for n in range(1, 4))]
         assert said(run(engine(other), requests)) != alone

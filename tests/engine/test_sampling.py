@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.sampling import survivors
-from pinaivu_box.engine.splitmix import NOISE_SPAN, gumbel_noise, splitmix64
+from pinaivu_box.engine.splitmix import NOISE_SPAN, gumbels, row_keys, splitmix64
 from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]
@@ -79,14 +79,16 @@ def test_noise_of_a_token_is_splitmix_of_seed_position_and_id(
     """The vectorised hash is the plain one, so that anybody can recompute a draw."""
     bits = plain_splitmix64(plain_splitmix64(seed % 2**64, position), token) >> 32
     expected = -math.log(-math.log((bits + 0.5) / 2**32))
-    assert gumbel_noise(seed, position, np.array([token]))[0] == pytest.approx(expected, rel=1e-12)
+    assert gumbels(row_keys([seed], np.array([position])), np.array([token]))[0] == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_noise_never_leaves_its_span() -> None:
     """The ends of the 32-bit uniforms are within what the cut counts with."""
     ends = [-math.log(-math.log((bits + 0.5) / 2**32)) for bits in (0, 2**32 - 1)]
     assert ends[1] - ends[0] <= NOISE_SPAN * (1 + 1e-12)
-    noise = gumbel_noise(3, 5, np.arange(100_000))
+    noise = gumbels(row_keys([3], np.array([5])), np.arange(100_000))
     assert noise.min() >= ends[0] and noise.max() <= ends[1]
     assert noise.mean() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.std() == pytest.approx(math.pi / math.sqrt(6), abs=0.02)
@@ -174,7 +176,7 @@ def test_draws_at_successive_positions_are_independent() -> None:
 
 def whole_vocabulary(logits: Float32, kind: Sampling, position: int, allowed: list[int]) -> int:
     """The draw without any cut: noise for every token, the best of the allowed."""
-    noise = gumbel_noise(kind.seed, position, np.arange(len(logits)))
+    noise = gumbels(row_keys([kind.seed], np.array([position])), np.arange(len(logits)))
     scores = logits.astype(np.float64) / kind.temperature + noise
     return max(allowed, key=lambda token: scores[token])
 

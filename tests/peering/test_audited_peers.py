@@ -20,7 +20,7 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.local import LocalLeg
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.models import bundled
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 from tests.support.in_process_box import InProcessBox, in_process_box
 from tests.support.in_process_command import run_command
 from tests.support.memory_transport import MemoryNetwork

@@ -140,12 +140,14 @@ async def test_a_range_of_another_file_is_copied_like_a_file(
     world: CopyNetwork, tmp_path: Path
 ) -> None:
     """As the model inside the executable."""
+    from pinaivu_box import appended
     from pinaivu_box.models import bundled
 
     gguf, executable = tmp_path / "inner.gguf", tmp_path / "executable"
     gguf.write_bytes(DATA)
     executable.write_bytes(b"\x7fELF" + os.urandom(100_000))
-    where = bundled.append(executable, gguf)
+    appended.append(executable, appended.MODEL, gguf)
+    where = bundled.read_footer(executable)
     giver = await world.giver(None)
     found = catalog_with(executable, where)
 

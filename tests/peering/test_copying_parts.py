@@ -19,7 +19,7 @@ from pinaivu_box.files.download import Download
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import File, FileRefused, Find, GivePiece, List, ModelAvailable
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import partial_file
+from pinaivu_box.models import catalog_loader, partial_file
 from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.transport import wire
@@ -91,7 +91,7 @@ async def test_all_parts_come_from_two_boxes_and_are_one_model(world: CopyNetwor
         zip(targets(world), DIGESTS, strict=True)
     )
     assert list((folder(world) / ".partial").iterdir()) == []
-    model = catalogs.load(Config(), folder(world).parent).find(NAME)
+    model = catalog_loader.load(Config(), folder(world).parent).find(NAME)
     assert (model.size, len(model.parts)) == (SIZE, COUNT)
     assert catalogs.digest_of(model) == DIGEST
 

@@ -98,7 +98,7 @@ async def hang_up(world: ThreeBoxes, asked: leg_wire.LegRequest, how: str) -> No
         case "orderly":
             await stream.finish()
         case "after a stop":
-            await leg_wire.send(stream, leg_wire.Stop())
+            await leg_wire.send(stream, leg_wire.StopLeg())
             stream.abandon()
         case "with the link":
             await world.carl.network._links.by_peer[world.ben.node_id].close(400, "enough")
@@ -494,7 +494,7 @@ async def test_a_storm_of_cancellations_is_one(world: ThreeBoxes) -> None:
     )
     before = engine._messages
     for _ in range(2000):
-        await leg_wire.send(stream, leg_wire.Stop())
+        await leg_wire.send(stream, leg_wire.StopLeg())
     found = await heard(stream)
     assert isinstance(found[-1], leg_wire.Outputs)
     assert found[-1].outputs[-1].finish_reason == "cancelled"

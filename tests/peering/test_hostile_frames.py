@@ -118,7 +118,7 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
         task,
         [
             leg_wire.LegRequest(TASK, DIGEST, [1, 2], ("1", "0.5", "2"), "credits"),
-            leg_wire.Count(TASK, DIGEST), leg_wire.Stop(),
+            leg_wire.Count(TASK, DIGEST), leg_wire.StopLeg(),
             leg_wire.Accepted("ab" * 64), leg_wire.Disputed("no"),
         ],
     ),

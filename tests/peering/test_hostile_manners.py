@@ -85,7 +85,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
     "17 megabytes": (frames(*[b"\1" + bytes(MEGABYTE - 1)] * 17), "longer than is allowed"),
     "lists in lists": (frames(b"\0" + b"\x91" * (MEGABYTE - 1)), "not what was expected"),
     "a message of the other side": (
-        frames(b"\0" + msgspec.msgpack.encode(leg_wire.Stop())), "not what was expected",
+        frames(b"\0" + msgspec.msgpack.encode(leg_wire.StopLeg())), "not what was expected",
     ),
     "a million empty outputs": (
         frames(b"\0\x83\xa4type\xa7outputs\xa4mark\xd9\x80" + b"0" * 128

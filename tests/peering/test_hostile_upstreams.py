@@ -143,6 +143,6 @@ def test_token_ids_and_other_beginnings_are_refused() -> None:
 
 
 def test_no_more_tokens_are_billed_than_the_text_can_have() -> None:
-    prompt, completion = most_of_upstream(replace(JOB, max_tokens=None), "é" * 10)
+    prompt, completion = most_of_upstream(replace(JOB, max_tokens=None), len("é".encode()) * 10)
     assert completion == 2 * 7 + 64 and 12 < prompt < 300
-    assert most_of_upstream(JOB, "x" * 1000)[1] == JOB.max_tokens
+    assert most_of_upstream(JOB, 1000)[1] == JOB.max_tokens

@@ -672,7 +672,7 @@ async def test_a_waiting_peer_gets_keepalives(pair: Pair, monkeypatch: pytest.Mo
 
     async def counted(talk: ReconcileSession, frame: w.Frame) -> None:
         nonlocal waits, begins
-        waits += isinstance(frame, w.Wait)
+        waits += isinstance(frame, w.SessionBusy)
         begins += isinstance(frame, w.Begin)
         if isinstance(frame, w.Begin) and begins <= 2:
             await both.wait()  # neither hears of the other before it has asked itself

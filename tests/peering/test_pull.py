@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pinaivu_box.box import Box as OpenBox
-from pinaivu_box.box import open_box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
 from pinaivu_box.files.upload import FileServer

@@ -9,7 +9,7 @@ import pytest
 
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.store import opinions
+from pinaivu_box.store import peer_tables
 from pinaivu_box.store.database import Database
 from tests.support.waiting import soon, wait_until
 
@@ -72,13 +72,13 @@ def test_opinions_are_written_seldom_and_restored(
 ) -> None:
     """A hundred legs are one write; what came after it is written when the box stops."""
     writes = []
-    real = opinions.keep
+    real = peer_tables.keep
 
-    async def counted(database: Database, found: dict[str, opinions.StoredOpinion]) -> None:
+    async def counted(database: Database, found: dict[str, peer_tables.StoredOpinion]) -> None:
         writes.append(len(found))
         await real(database, found)
 
-    monkeypatch.setattr(opinions, "keep", counted)
+    monkeypatch.setattr(peer_tables, "keep", counted)
     monkeypatch.setattr(reputation, "_SAVE_SECONDS", 0.01)
     clock = Clock()
 

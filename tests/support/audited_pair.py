@@ -20,7 +20,7 @@ from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend, LocalLeg
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.server import access_log
-from pinaivu_box.store.peer_audits import PeerAudits
+from pinaivu_box.store.peer_tables import PeerAudits
 from tests.support.in_process_box import InProcessBox, in_process_box
 from tests.support.memory_transport import MemoryNetwork
 from tests.support.waiting import soon, wait_until

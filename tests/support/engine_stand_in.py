@@ -20,7 +20,7 @@ from pinaivu_box.gateway.layouts import Division, Sizes
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support.layer_needs import MIB, LayerNeeds
 
 
@@ -122,7 +122,7 @@ def placement_on(
     async def digest(_: Model) -> str:
         return "00" * 32
 
-    return Placement(LiveSettings(Settings(config, catalog)), digest, machine), catalog
+    return Placement(LiveSettings(BoxSettings(config, catalog)), digest, machine), catalog
 
 
 def _model(config: ModelConfig) -> Model:

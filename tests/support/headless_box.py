@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pinaivu_box import config
-from pinaivu_box.box import open_box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import Peer
 

@@ -12,7 +12,8 @@ from unittest.mock import patch
 import httpx
 
 from pinaivu_box import config
-from pinaivu_box.box import Box, open_box
+from pinaivu_box.box import Box
+from pinaivu_box.box_services import open_box
 from pinaivu_box.config import ModelConfig
 from pinaivu_box.identity import Identity
 from pinaivu_box.policy import SCOPES, Policy

@@ -29,14 +29,14 @@ from pinaivu_box.ledger.entry import Balance, LedgerEntry
 from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.membership.records import key_of
-from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
@@ -134,8 +134,8 @@ class PoolNode:
         self.node_id = self.identity.node_id
         self.transport = MemoryTransport(world, self.node_id)
         self.links = PoolLinks(self.transport, everybody)
-        catalog = catalogs.load(config, Path("/nonexistent"))
-        self.settings = LiveSettings(Settings(config, catalog))
+        catalog = catalog_loader.load(config, Path("/nonexistent"))
+        self.settings = LiveSettings(BoxSettings(config, catalog))
         self.placement = Placement(self.settings, _digest)
         self.local = LocalBackend(self.placement, self.node_id, self.settings)
         self.books = Books()

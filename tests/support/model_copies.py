@@ -21,7 +21,7 @@ from pinaivu_box.files.download import Download, DownloadSource
 from pinaivu_box.files.store import Digests
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import PieceData
-from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.partial_file import PIECE_BYTES
@@ -73,7 +73,7 @@ class SharingBox:
     async def shared(self, _peer: str) -> Catalog | str:
         if not self.shares:
             return "this box does not share its models with yours"
-        return catalogs.load(Config(), self.folder.parent, self.headers)
+        return catalog_loader.load(Config(), self.folder.parent, self.headers)
 
     async def _accept(self) -> None:
         with suppress(PeeringError):

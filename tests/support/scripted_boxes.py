@@ -38,7 +38,7 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Destination
-from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.keys import known_identity
 from tests.support.records import offer
@@ -333,7 +333,7 @@ class Network:
         peering = PeeringConfig(
             **{"policy": "cheapest", "hedge_ms": round(hedge * 1000), **routing}
         )
-        settings = LiveSettings(Settings(Config(pricing=pricing, peering=peering)))
+        settings = LiveSettings(BoxSettings(Config(pricing=pricing, peering=peering)))
         self.load = LoadTracker(placement)
         self.reputation = Reputation(lambda: 0.0)
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))

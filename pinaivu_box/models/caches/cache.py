@@ -38,13 +38,11 @@ class CacheLayout(Protocol):
 
     def find(self, root: Path) -> FolderScan:
         """The files that say what models there are.  Raises BadGguf, OSError."""
-        ...
 
     def read(
         self, root: Path, files: Sequence[Path], not_served: dict[Path, str]
     ) -> list[CachedModel]:
         """The models that these files say there are; those that cannot be served are noted."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,3 @@ def of_repository(repository: str, stem: str) -> str:
     """The name of a file of a repository, by its quantisation: OWNER/REPO:Q4_K_M."""
     match = _QUANTISATION.search(stem)
     return f"{repository}:{match[1].upper() if match else stem}"
-
-
-def alone(stem: str) -> str:
-    """The name of a file that is in no repository."""
-    return stem if ":" in stem else f"{stem}:latest"

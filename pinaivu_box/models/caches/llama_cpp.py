@@ -15,6 +15,7 @@ from pinaivu_box.models.caches import gguf_files
 from pinaivu_box.models.caches.cache import CachedModel, read_document
 from pinaivu_box.models.folder_scan import MAX_ENTRIES, MAX_FILES, SUFFIX, FolderScan
 from pinaivu_box.models.gguf_bytes import BadGguf
+from pinaivu_box.models.names import with_tag
 
 MANIFEST, _ENDING = "manifest=", ".json"
 _MAX_MANIFEST_BYTES = 1024 * 1024
@@ -54,7 +55,7 @@ def read(root: Path, files: Sequence[Path], not_served: dict[Path, str]) -> list
                 not_served[root / name] = getattr(error, "strerror", None) or str(error)
 
     def name_of(path: Path, stem: str) -> str:
-        return ids.get(path.name) or gguf_files.alone(stem)
+        return ids.get(path.name) or with_tag(stem)
 
     return gguf_files.models(root, files, not_served, name_of)
 

@@ -9,6 +9,7 @@ from pinaivu_box.models import folder_scan
 from pinaivu_box.models.caches import gguf_files
 from pinaivu_box.models.caches.cache import CachedModel
 from pinaivu_box.models.folder_scan import FolderScan
+from pinaivu_box.models.names import with_tag
 
 
 def find(root: Path) -> FolderScan:
@@ -21,7 +22,7 @@ def read(root: Path, files: Sequence[Path], not_served: dict[Path, str]) -> list
     def name_of(path: Path, stem: str) -> str:
         publisher, *folders = path.relative_to(root).parts[:-1] or ("",)
         if not folders:
-            return gguf_files.alone(stem)
+            return with_tag(stem)
         return gguf_files.of_repository(f"{publisher}/{folders[0]}", stem)
 
     return gguf_files.models(root, files, not_served, name_of)
