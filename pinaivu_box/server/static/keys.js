@@ -3,7 +3,7 @@
 import { address, call, clearErrors, confirmed, onSubmit, showDialog, toast } from "./page.js";
 
 const dialog = (id) => document.getElementById(id);
-const form = (id) => document.getElementById(`${id}-form`);
+const form = (id) => dialog(id).querySelector("form");
 let chosen = null; // the row of the key that a dialog is about
 
 /** The policy of a form; null stands for as much as the account may have.  `kept` are scopes that the
