@@ -9,7 +9,7 @@ would tell others who reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from html import escape
 from typing import Any
@@ -199,20 +199,6 @@ class _Renderer(RendererHTML):
             return visible_in_prose(escape(content))
         return _with_links(content)
 
-    def code_inline(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f"<code>{plain(tokens[idx].content)}</code>"
-
-    def code_block(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return _code(tokens[idx].content, "")
-
-    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        token = tokens[idx]
-        return _code(token.content, (token.info.split() or [""])[0])
-
     def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]
         alt = token.content or "image"
@@ -222,47 +208,10 @@ class _Renderer(RendererHTML):
             return f'<span class="image">{visible_in_prose(escape(shown))}</span>'
         return _link(address, shown, ' class="image"')
 
-    def link_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        address = str(tokens[idx].attrs.get("href", ""))
-        return f'<a href="{escape(address)}" rel="{_REL}" target="_blank">'
 
-    def heading_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f'<{_heading(tokens[idx])} dir="auto">'
-
-    def heading_close(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f"</{_heading(tokens[idx])}>\n"
-
-    def paragraph_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return "" if tokens[idx].hidden else '<p dir="auto">'
-
-    def list_item_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return '<li dir="auto">'
-
-    def table_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return '<div class="table" tabindex="0"><table>\n'
-
-    def table_close(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return "</table></div>\n"
-
-    def th_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return _cell(tokens[idx])
-
-    def td_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return _cell(tokens[idx])
+def _without_context(rule: Callable[[Token], str]) -> Callable[..., str]:
+    """The rule as a method of the renderer."""
+    return lambda _renderer, tokens, idx, *_: rule(tokens[idx])
 
 
 @cache
@@ -272,6 +221,8 @@ def _parser() -> MarkdownIt:
         {"html": False, "linkify": False, "maxNesting": _MAX_NESTING},
         renderer_cls=_Renderer,
     )
+    for name, rule in _RULES.items():
+        parser.add_render_rule(name, _without_context(rule))
     parser.enable(["table", "strikethrough"])
     # Definitions of links would have to be known before the blocks that use them.
     parser.disable(["reference", "html_block", "html_inline"])
@@ -323,3 +274,25 @@ def _cell(token: Token) -> str:
     align = str(style).removeprefix("text-align:")
     kind = f' class="{align}"' if align in ("left", "right", "center") else ""
     return f'<{token.tag}{kind} dir="auto">'
+
+
+def _link_open(token: Token) -> str:
+    address = str(token.attrs.get("href", ""))
+    return f'<a href="{escape(address)}" rel="{_REL}" target="_blank">'
+
+
+# How tokens that need no context are written, by their types.
+_RULES: dict[str, Callable[[Token], str]] = {
+    "code_inline": lambda token: f"<code>{plain(token.content)}</code>",
+    "code_block": lambda token: _code(token.content, ""),
+    "fence": lambda token: _code(token.content, (token.info.split() or [""])[0]),
+    "link_open": _link_open,
+    "heading_open": lambda token: f'<{_heading(token)} dir="auto">',
+    "heading_close": lambda token: f"</{_heading(token)}>\n",
+    "paragraph_open": lambda token: "" if token.hidden else '<p dir="auto">',
+    "list_item_open": lambda _: '<li dir="auto">',
+    "table_open": lambda _: '<div class="table" tabindex="0"><table>\n',
+    "table_close": lambda _: "</table></div>\n",
+    "th_open": _cell,
+    "td_open": _cell,
+}
