@@ -9,16 +9,33 @@ from __future__ import annotations
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.pages import (
     account,
+    admin_accounts,
+    admin_audit,
+    admin_engines,
+    admin_keys,
+    admin_models,
+    admin_peers,
+    admin_receipts,
+    chat,
     dashboard,
     explorer,
     login,
     own,
+    playground,
     root,
     sign_on,
     static,
 )
-from pinaivu_box.server.pages.admin_routes import ADMIN_PAGES
-from pinaivu_box.server.pages.chat_routes import CHAT_PAGES
+from pinaivu_box.text import END
+
+
+class ConversationPage(Endpoint):
+    """Below /chat, but not /chat/completions: programs with a wrong base URL ask for that, and have
+    to hear what is right."""
+
+    def _pattern(self) -> str:
+        return super()._pattern().replace("/chat/", f"/chat/(?!completions{END})")
+
 
 # fmt: off
 PAGES: tuple[Endpoint, ...] = (
@@ -42,7 +59,20 @@ PAGES: tuple[Endpoint, ...] = (
     Endpoint("GET", "/signup", "page", login.signup),
     Endpoint("GET", "/account", "page", account.account),
     Endpoint("GET", "/static/{name:path}", "public", static.static_file),
-    *ADMIN_PAGES,
-    *CHAT_PAGES,
+    Endpoint("GET", "/admin/engines", "page", admin_engines.engines),
+    Endpoint("GET", "/admin/models", "page", admin_models.models),
+    Endpoint("GET", "/admin/models/show", "page", admin_models.model),
+    Endpoint("GET", "/admin/keys", "page", admin_keys.keys),
+    Endpoint("GET", "/admin/accounts", "page", admin_accounts.accounts),
+    Endpoint("GET", "/admin/peers", "page", admin_peers.peers),
+    Endpoint("GET", "/admin/audit", "page", admin_audit.audit),
+    Endpoint("GET", "/admin/receipts", "page", admin_receipts.list_receipts),
+    Endpoint("GET", "/playground", "page", playground.playground),
+    Endpoint("GET", "/chat", "page", chat.chat),
+    Endpoint("GET", "/memories", "page", chat.memories),
+    ConversationPage("GET", "/chat/{conversation_id}", "page", chat.conversation),
+    ConversationPage("GET", "/chat/{conversation_id}/messages", "account", chat.messages),
+    ConversationPage("GET", "/chat/{conversation_id}/answers/{message_id}", "account",
+                     chat.follow_answer),
 )
 # fmt: on
