@@ -8,7 +8,7 @@ from starlette.responses import HTMLResponse
 
 from pinaivu_box.server import admin_accounts
 from pinaivu_box.server.context import box_of
-from pinaivu_box.server.pages.admin_page import admin_page
+from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.pages.shown import query_of
 from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.server.sessions import require_admin
@@ -27,9 +27,9 @@ async def accounts(request: Request, query: AccountsQuery) -> HTMLResponse:
     require_admin(request)
     wanted = PageQuery(limit=_PAGE, after=query.after)
     listed = await admin_accounts.list_accounts(request, wanted)
-    return admin_page(
+    return page(
         request,
-        "accounts.html",
+        "admin/accounts.html",
         accounts=listed.data,
         owner=OWNER,
         next=query_of(after=listed.data[-1].name) if listed.has_more else "",

@@ -7,16 +7,16 @@ from starlette.responses import HTMLResponse
 
 from pinaivu_box.server import admin_devices, admin_upstreams, models
 from pinaivu_box.server.context import box_of
-from pinaivu_box.server.pages.admin_page import admin_page
+from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.sessions import require_admin
 
 
 async def engines(request: Request) -> HTMLResponse:
     require_admin(request)
     listed = await admin_devices.list_devices(request)
-    return admin_page(
+    return page(
         request,
-        "engines.html",
+        "admin/engines.html",
         devices=listed.data,
         backends=listed.backends,
         failure=listed.failure,

@@ -12,8 +12,8 @@ from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.policy import LOCAL_ONLY, SCOPES
 from pinaivu_box.server import admin_keys
 from pinaivu_box.server.admin_keys import KeyQuery
-from pinaivu_box.server.pages.admin_page import admin_page, filtered
-from pinaivu_box.server.pages.shown import query_of
+from pinaivu_box.server.pages.render import page
+from pinaivu_box.server.pages.shown import shown_list
 from pinaivu_box.server.sessions import require_admin
 
 _PAGE = 40
@@ -39,19 +39,15 @@ async def keys(request: Request, query: KeysQuery) -> HTMLResponse:
         q=query.q[:_MAX_QUERY],
         usable=not every,
     )
-    listed, problem = await filtered(admin_keys.list_keys(request, wanted))
-    found = listed.data if listed else []
-    same = {"account": query.account, "q": query.q, "show": query.show}
-    return admin_page(
+    filters = {"account": query.account, "q": query.q, "show": query.show}
+    listing = admin_keys.list_keys(request, wanted)
+    return page(
         request,
-        "keys.html",
-        keys=found,
-        problem=problem,
+        "admin/keys.html",
+        listed=await shown_list(listing, filters, query.after),
         query=query,
         every=every,
         filtered=bool(query.q or query.account),
-        older=query_of(**same, after=found[-1].id) if listed and listed.has_more else "",
-        newest=query_of(**same) or "?" if query.after else "",
         scopes=(*SCOPES, LOCAL_ONLY),
         routing=get_args(RoutingPolicy),
     )

@@ -14,7 +14,7 @@ from pinaivu_box.registry.reference import host_of
 from pinaivu_box.server import admin_models
 from pinaivu_box.server.admin_models import KnownQuery, ModelToShow
 from pinaivu_box.server.context import box_of
-from pinaivu_box.server.pages.admin_page import admin_page
+from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.sessions import require_admin
 
 _MAX_QUERY = 200
@@ -35,9 +35,9 @@ async def models(request: Request, query: ModelsQuery) -> HTMLResponse:
     box, words = box_of(request), query.q[:_MAX_QUERY]
     files = await admin_models.list_model_files(request)
     known = await admin_models.list_known_models(request, KnownQuery(words))
-    return admin_page(
+    return page(
         request,
-        "models.html",
+        "admin/models.html",
         models=files.data,
         not_served=files.not_served,
         known=known.data,
@@ -55,9 +55,9 @@ async def model(request: Request, query: ModelQuery) -> HTMLResponse:
     box = box_of(request)
     shown = await admin_models.show(request, ModelToShow(query.model))
     state = next((each for each in admin_models.list_views(box) if each.id == shown.model), None)
-    return admin_page(
+    return page(
         request,
-        "model.html",
+        "admin/model.html",
         model=shown,
         state=state,
         kv_types=get_args(KvType),
