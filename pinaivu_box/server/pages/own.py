@@ -1,4 +1,4 @@
-"""What an account sees of itself: `/usage`, `/keys` and `/receipts`."""
+"""What an account sees of itself, `/usage`, `/keys` and `/receipts`, and its `/playground`."""
 
 from __future__ import annotations
 
@@ -132,6 +132,13 @@ async def receipts(request: Request, query: ReceiptFilter) -> Response:
         models=_models(box, session.key),
         server=server_address(request),
     )
+
+
+async def playground(request: Request) -> Response:
+    """A request to a model, with all that comes back.  Raises LoginNeeded."""
+    session, box = require_login(request), box_of(request)
+    aliases = [alias for alias, _ in box.admission.aliases(session.key.policy)]
+    return page(request, "playground.html", models=_models(box, session.key) + aliases)
 
 
 def server_address(request: Request) -> str:
