@@ -20,7 +20,7 @@ from pinaivu_box.server.context import box_of
 from pinaivu_box.server.pages.dashboard import charts_of, overview_of, period_of
 from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.pages.shown import query_of
-from pinaivu_box.server.paths import forwarded_prefix
+from pinaivu_box.server.paths import server_address
 from pinaivu_box.server.sessions import BrowserSession, require_login
 from pinaivu_box.server.usage import key_id
 from pinaivu_box.store import keys as stored_keys
@@ -139,11 +139,6 @@ async def playground(request: Request) -> Response:
     session, box = require_login(request), box_of(request)
     aliases = [alias for alias, _ in box.admission.aliases(session.key.policy)]
     return page(request, "playground.html", models=_models(box, session.key) + aliases)
-
-
-def server_address(request: Request) -> str:
-    """Where clients reach this box, as the browser did: `http://box:4001`."""
-    return f"{request.url.scheme}://{request.url.netloc}{forwarded_prefix(request.headers)}"
 
 
 def _models(box: Box, key: Key) -> list[str]:
