@@ -30,7 +30,7 @@ from pinaivu_box.gateway.placement_plan import (
     EngineKey,
     Refuse,
     Start,
-    Wait,
+    WaitForEngines,
     World,
     all_busy,
     another_replica,
@@ -401,7 +401,7 @@ class Placement:
                     case Start():
                         ended += [evicted.model for evicted in decision.evict]
                         await self._end(decision.evict, f"to make room for {model.id}")
-                    case Wait():
+                    case WaitForEngines():
                         self._claims[model.id] = frozenset(decision.engines)
                         await asyncio.sleep(_MIN_LOOK_SECONDS)
                         ready = partial(self._set.have_left, decision.engines)

@@ -21,7 +21,7 @@ from pinaivu_box.server.logins import (
     logged_in,
     new_session,
 )
-from pinaivu_box.server.paging import ItemList
+from pinaivu_box.server.paging import ListAnswer
 from pinaivu_box.server.sessions import address_of, require_session, session_of, set_cookie
 from pinaivu_box.store import accounts, pages_keys, sessions
 from pinaivu_box.store.sessions import Session
@@ -62,7 +62,7 @@ class SessionView(Struct, frozen=True):
     current: bool
 
 
-class SessionList(ItemList, frozen=True):
+class SessionList(ListAnswer, frozen=True):
     """The newest first."""
 
     data: list[SessionView]

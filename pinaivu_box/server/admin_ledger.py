@@ -13,7 +13,7 @@ from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger.session import PURPOSE
 from pinaivu_box.server.context import actor_of, box_of
-from pinaivu_box.server.paging import ItemList
+from pinaivu_box.server.paging import ListAnswer
 
 
 class EntryQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,11 +29,11 @@ class StatementQuery(Struct, frozen=True, forbid_unknown_fields=True):
     peer: str | None = None
 
 
-class BalanceList(ItemList, frozen=True):
+class BalanceList(ListAnswer, frozen=True):
     data: list[views.BalanceView]
 
 
-class EntryList(ItemList, frozen=True):
+class EntryList(ListAnswer, frozen=True):
     data: list[views.EntryView]
 
 
@@ -46,11 +46,11 @@ class ForgivenView(Struct, frozen=True):
     request_id: str = ""
 
 
-class StatementList(ItemList, frozen=True):
+class StatementList(ListAnswer, frozen=True):
     data: list[views.StatementView]
 
 
-class DisproofList(ItemList, frozen=True):
+class DisproofList(ListAnswer, frozen=True):
     """The newest first."""
 
     data: list[views.DisproofView]

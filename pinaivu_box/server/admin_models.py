@@ -32,7 +32,7 @@ from pinaivu_box.server.admin_peers import network_of
 from pinaivu_box.server.context import actor_of, box_of, named_field, request_id_of
 from pinaivu_box.server.inference import keep_alive_seconds
 from pinaivu_box.server.json_response import JsonLines
-from pinaivu_box.server.paging import ItemList
+from pinaivu_box.server.paging import ListAnswer
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 
@@ -98,7 +98,7 @@ class KnownModelView(Struct, frozen=True):
     served: bool
 
 
-class KnownModelList(ItemList, frozen=True):
+class KnownModelList(ListAnswer, frozen=True):
     """`available` is the memory in bytes that models can have here, null if that is not known."""
 
     data: list[KnownModelView]
@@ -130,7 +130,7 @@ class FoundModelView(FoundModel, frozen=True):
     served: bool = False
 
 
-class HubModelList(ItemList, frozen=True):
+class HubModelList(ListAnswer, frozen=True):
     """`hub` is the host that was asked."""
 
     data: list[FoundModelView]

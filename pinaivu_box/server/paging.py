@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 
-class ItemList(Struct, frozen=True, kw_only=True):
+class ListAnswer(Struct, frozen=True, kw_only=True):
     """Base of answers with `data`."""
 
     object: str = "list"
