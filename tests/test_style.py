@@ -94,5 +94,5 @@ def test_a_script_makes_no_code_of_text(script: Path) -> None:
 
 
 def test_the_frame_of_all_pages_is_small() -> None:
-    frame = ("style.css", "page.js", "start.js", "icons.svg", "icon.svg")
+    frame = ("style.css", "components.css", "page.js", "start.js", "icons.svg", "icon.svg")
     assert sum((SERVER / "static" / name).stat().st_size for name in frame) < 60_000
