@@ -9,6 +9,7 @@ would tell others who reads.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from html import escape
@@ -42,6 +43,9 @@ _UNDECIDED_LINE = re.compile(
     r"[ \t]*(?:[-=*_#>+~`|: \t]+|[0-9]{1,9}[.)]?[ \t]*|[-*+>][ \t]+\[[ xX]?\]?)"
 )
 _PLAIN_TEXT = re.compile(r"[^\n\[\]*_`~<>&!\\|#@/:]*")
+_MIN_SECONDS = 0.1  # between two updates
+_RENDERING_SHARE = 0.04  # of the time: an open block that takes long is rendered less often
+_BYTES_PER_SECOND = 250_000
 _TOO_LONG = '<p class="muted">The rest is not shown: the text is too long for a page.</p>'
 
 
@@ -55,6 +59,12 @@ class Update(Struct, frozen=True, omit_defaults=True):
 
     def __bool__(self) -> bool:
         return bool(self.done or self.open is not None or self.append)
+
+
+class Blocks(Update, frozen=True, omit_defaults=True):
+    """What a page changes of an answer.  `thoughts`: plain text to append to the thoughts."""
+
+    thoughts: str = ""
 
 
 class BlockRenderer:
@@ -153,6 +163,45 @@ class BlockRenderer:
             if _PLAIN_TEXT.fullmatch(added) and _closed(shown) == shown:
                 return None, visible_text(added)
         return _render(Block(_closed(text))), ""
+
+
+class AnswerHtml:
+    """Takes the text of one answer and gives updates, not more often than a page can use them."""
+
+    def __init__(self) -> None:
+        self._text = BlockRenderer()
+        self._thoughts: list[str] = []
+        self._next = 0.0
+
+    def text(self, piece: str) -> None:
+        self._text.feed(piece)
+
+    def thoughts(self, piece: str) -> None:
+        self._thoughts.append(piece)
+
+    def wait_seconds(self) -> float:
+        """Until the next update is due; 0 if it is."""
+        return max(0.0, self._next - time.monotonic())
+
+    def update(self) -> Blocks | None:
+        """What has changed, or None if nothing has."""
+        began = time.monotonic()
+        blocks = self._blocks(self._text.update())
+        ended = time.monotonic()
+        sent = len(blocks.open or "") if blocks else 0
+        pause = max(_MIN_SECONDS, (ended - began) / _RENDERING_SHARE, sent / _BYTES_PER_SECOND)
+        self._next = ended + min(pause, 5.0)
+        return blocks
+
+    def finish(self) -> Blocks | None:
+        """The last change."""
+        return self._blocks(self._text.finish())
+
+    def _blocks(self, update: Update) -> Blocks | None:
+        thoughts, self._thoughts = "".join(self._thoughts), []
+        if not update and not thoughts:
+            return None
+        return Blocks(update.done, update.open, update.append, thoughts)
 
 
 def render(text: str) -> str:
