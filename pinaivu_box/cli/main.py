@@ -30,7 +30,7 @@ COMMANDS = {
     "run": ("run:run", "Chat with a model in the terminal."),
     "ls": ("ls:ls", "List the models that this box can serve."),
     "pull": ("pull:pull", "Download a model."),
-    "search": ("search:search", "List models that are known to work, or search the Hub."),
+    "search": ("pull:search", "List models that are known to work, or search the Hub."),
     "show": ("show:show", "Show what is known of a model."),
     "set": ("models:set_", "Set a model's default parameters."),
     "cp": ("models:cp", "Give a model another name."),
