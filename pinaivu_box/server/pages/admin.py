@@ -17,11 +17,10 @@ from pinaivu_box.policy import LOCAL_ONLY, SCOPES
 from pinaivu_box.registry.reference import host_of
 from pinaivu_box.server import (
     admin_accounts,
-    admin_devices,
+    admin_box,
     admin_keys,
     admin_models,
     admin_peers,
-    admin_upstreams,
 )
 from pinaivu_box.server.admin_keys import KeyQuery
 from pinaivu_box.server.admin_models import KnownQuery, ModelToShow
@@ -41,7 +40,7 @@ _RECEIPT_FILTERS = ("model", "key", "account", "start_date", "end_date")
 
 async def engines(request: Request) -> HTMLResponse:
     require_admin(request)
-    listed = await admin_devices.list_devices(request)
+    listed = await admin_box.list_devices(request)
     return page(
         request,
         "admin/engines.html",
@@ -49,7 +48,7 @@ async def engines(request: Request) -> HTMLResponse:
         backends=listed.backends,
         failure=listed.failure,
         engines=(await list_engines(request)).data,
-        upstreams=(await admin_upstreams.list_upstreams(request)).data,
+        upstreams=(await admin_box.list_upstreams(request)).data,
         has_models=bool(box_of(request).catalog.models),
     )
 

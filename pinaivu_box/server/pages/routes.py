@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.pages import (
-    account,
     admin,
     admin_audit,
     chat,
@@ -51,7 +50,7 @@ PAGES: tuple[Endpoint, ...] = (
     Endpoint("GET", "/keys", "page", own.keys),
     Endpoint("GET", "/receipts", "page", own.receipts),
     Endpoint("GET", "/signup", "page", login.signup),
-    Endpoint("GET", "/account", "page", account.account),
+    Endpoint("GET", "/account", "page", own.account),
     Endpoint("GET", "/static/{name:path}", "public", static.static_file),
     Endpoint("GET", "/admin/engines", "page", admin.engines),
     Endpoint("GET", "/admin/models", "page", admin.models),
