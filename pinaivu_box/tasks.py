@@ -37,6 +37,12 @@ class TaskSet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def finish(self, seconds: float) -> None:
+        """Wait until they have ended by themselves; after so long, cancel them."""
+        if self._tasks:
+            await asyncio.wait(self, timeout=seconds)
+        await self.cancel()
+
 
 def ignore_exception(task: asyncio.Future[Any]) -> None:
     """A done callback for a task whose outcome nobody may be left to ask for: asyncio logs

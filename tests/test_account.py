@@ -16,7 +16,7 @@ from ulid import ULID
 from pinaivu_box.errors import RateLimited, RowConflict
 from pinaivu_box.policy import Budget, Policy
 from pinaivu_box.policy_bounds import excess, within
-from pinaivu_box.server.pages.account import browser_name
+from pinaivu_box.server.pages.own import browser_name
 from pinaivu_box.store import accounts, sessions
 from pinaivu_box.store.audit import BOX
 from pinaivu_box.store.database import Database

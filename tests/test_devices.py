@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from pinaivu_box import child, engine_query
-from pinaivu_box.cli.banner_devices import describe_devices
+from pinaivu_box.cli.banner import describe_devices
 from pinaivu_box.devices import DeviceMonitor
 from pinaivu_box.engine import messages
 from pinaivu_box.engine.messages import CPU, ListDevices, LoadModel, Probe, Probed, Ready

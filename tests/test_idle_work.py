@@ -23,8 +23,7 @@ from pinaivu_box.chats.sealing import RowSealer, new_data_key
 from pinaivu_box.home import database_of, prepare_home
 from pinaivu_box.login.session_keys import SessionKeys
 from pinaivu_box.server import own_requests
-from pinaivu_box.server.idle_questions import Spoken, Untitled
-from pinaivu_box.server.idle_work import IdleWork
+from pinaivu_box.server.idle_work import IdleWork, Spoken, Untitled
 from pinaivu_box.store import accounts, pages_keys
 from pinaivu_box.store.accounts import OWNER
 from pinaivu_box.store.audit import Actor

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.server.pages import markdown
-from pinaivu_box.server.pages.answer_html import AnswerHtml
 from pinaivu_box.server.pages.blocks import Block
-from pinaivu_box.server.pages.markdown import BlockRenderer, render
+from pinaivu_box.server.pages.markdown import AnswerHtml, BlockRenderer, render
 
 ROOT = Path(__file__).parent.parent
 _TAGS = """

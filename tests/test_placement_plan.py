@@ -18,7 +18,7 @@ from pinaivu_box.gateway.placement_plan import (
     Refuse,
     RunningEngine,
     Start,
-    Wait,
+    WaitForEngines,
     World,
     another_replica,
     plan,
@@ -143,7 +143,7 @@ def test_a_plan_fits_and_ends_only_what_is_idle_and_needed(
         check_layout(decision.layout, needs, its, world.without(ended))
         assert decision.why
         assert its.allows(CPU) or its.gpu_layers is not None or (CPU not in decision.layout.devices)
-    elif isinstance(decision, Wait):
+    elif isinstance(decision, WaitForEngines):
         assert patient
         awaited = [engines[key] for key in decision.engines]
         assert awaited
@@ -312,7 +312,7 @@ def test_for_an_engine_that_works_it_waits_before_it_takes_the_cpu() -> None:
     working = engine("working:1", {"CUDA0": 900}, users=1)
     world = World(gpus(4), [working])
     decision = plan(model_of(400), RULES, world, patient=True)
-    assert decision == Wait((working.key,), "waits until working:1 is not in use")
+    assert decision == WaitForEngines((working.key,), "waits until working:1 is not in use")
     late = plan(model_of(400), RULES, world, patient=False)
     assert isinstance(late, Start) and late.layout.devices == [CPU]
 

@@ -18,8 +18,7 @@ from nacl.public import PrivateKey
 
 from pinaivu_box.config import RetentionConfig
 from pinaivu_box.errors import Unreadable
-from pinaivu_box.gateway.asked import asked_text
-from pinaivu_box.gateway.backend import UpstreamModel
+from pinaivu_box.gateway.backend import UpstreamModel, asked_text
 from pinaivu_box.gateway.records import RequestRecord
 from pinaivu_box.gateway.transcripts import to_store, transcript_of
 from pinaivu_box.receipts import commitment, transcript_sealing

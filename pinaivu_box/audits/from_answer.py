@@ -16,8 +16,7 @@ from pinaivu_box.audits.pending import LegToAudit
 from pinaivu_box.audits.replay import TENANT
 from pinaivu_box.engine.messages import Add, Embed, Refused, Sampling, Tokenize, Tokenized
 from pinaivu_box.errors import EngineLost, by_code
-from pinaivu_box.gateway.asked import asked_text
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Job, asked_text
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.local import request_of
 from pinaivu_box.receipts.commitment import tokens_sha256

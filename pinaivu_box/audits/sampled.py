@@ -20,7 +20,7 @@ from pinaivu_box.audits.pending import LegToAudit, PendingAudit, PendingAudits
 from pinaivu_box.config import AuditConfig
 from pinaivu_box.errors import BoxError, EngineLost
 from pinaivu_box.gateway import transcripts
-from pinaivu_box.gateway.asked import asked_text
+from pinaivu_box.gateway.backend import asked_text
 from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.idle_time import until_idle, while_idle
 from pinaivu_box.receipts import commitment

@@ -12,7 +12,7 @@ from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import all_option, standard_options
-from pinaivu_box.cli.render import Column, print_json
+from pinaivu_box.cli.render import Column
 from pinaivu_box.errors import CliError, UsageError
 
 _COLUMNS = (
@@ -90,9 +90,7 @@ def passwd(call: Call, name: str, password_stdin: bool) -> None:
         return await accounts.find(database, account.id)
 
     changed = call.in_database(work)
-    click.echo(f"{changed.name} has a new password.", err=True)
-    if call.as_json:
-        print_json(account_view(changed))
+    call.report(f"{changed.name} has a new password.", account_view(changed))
 
 
 @accounts.command()
@@ -108,9 +106,10 @@ def rm(call: Call, name: str) -> None:
         return account
 
     removed = call.in_database(work)
-    click.echo(f"{removed.name} was removed, and its {removed.keys} keys were revoked.", err=True)
-    if call.as_json:
-        print_json({"id": removed.id, "name": removed.name, "deleted": True})
+    call.report(
+        f"{removed.name} was removed, and its {removed.keys} keys were revoked.",
+        {"id": removed.id, "name": removed.name, "deleted": True},
+    )
 
 
 @accounts.command("link-oidc")
@@ -135,9 +134,10 @@ def link_oidc(call: Call, name: str, subject: str) -> None:
         return account
 
     linked = call.in_database(work)
-    click.echo(f"{subject} of {issuer} logs in to {linked.name} from now on.", err=True)
-    if call.as_json:
-        print_json({"account": linked.name, "issuer": issuer, "subject": subject})
+    call.report(
+        f"{subject} of {issuer} logs in to {linked.name} from now on.",
+        {"account": linked.name, "issuer": issuer, "subject": subject},
+    )
 
 
 @accounts.command("unlink-oidc")
@@ -154,9 +154,10 @@ def unlink_oidc(call: Call, name: str) -> None:
     account, removed = call.in_database(work)
     if not removed:
         raise CliError(f"Nobody logs in to {account.name} by single sign-on.")
-    click.echo(f"Nobody logs in to {account.name} by single sign-on any more.", err=True)
-    if call.as_json:
-        print_json({"account": account.name, "unlinked": removed})
+    call.report(
+        f"Nobody logs in to {account.name} by single sign-on any more.",
+        {"account": account.name, "unlinked": removed},
+    )
 
 
 @accounts.command()
@@ -179,13 +180,11 @@ def erase(call: Call, name: str, yes: bool) -> None:
         click.confirm(f"Erase {account.name} for good?", abort=True, err=True)
     erased = call.in_database(lambda database: erasure.erase(database, account, actor()))
     delete_all(call.home)
-    click.echo(
+    call.report(
         f"{account.name} was erased: {erased.conversations} conversations, {erased.memories} "
         f"memories, {erased.responses} responses and {erased.transcripts} transcripts.",
-        err=True,
+        {"id": account.id, "erased": True},
     )
-    if call.as_json:
-        print_json({"id": account.id, "erased": True})
 
 
 def _password(from_stdin: bool) -> str:

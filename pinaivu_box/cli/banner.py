@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pinaivu_box import __version__
+from pinaivu_box.graphics_cards import graphics_cards
+from pinaivu_box.text import megabytes
+
+if TYPE_CHECKING:
+    from pinaivu_box.devices import Device, DeviceMonitor
 
 _COLUMNS = 80
 _INDENT = 12  # of what stands right of the names
 _MAX_MODEL_LINES = 4
 _MAX_ADDRESSES = 3
+_DEVICE_SECONDS = 10.0  # the server does not wait longer for a driver
 
 
 def banner(
@@ -96,3 +104,23 @@ or with Python (pip install openai):
     )
     print(answer.choices[0].message.content)
 """
+
+
+async def describe_devices(monitor: DeviceMonitor, seconds: float = _DEVICE_SECONDS) -> str:
+    """What models run on.  A machine that may have GPUs asks a child, which goes on by itself if it
+    takes long."""
+    listing = asyncio.ensure_future(monitor.read())
+    done, _ = await asyncio.wait({listing}, timeout=seconds)
+    if not done:
+        return "still being listed: 'pinaivu ps --devices' shows them"
+    if gpus := [device for device in listing.result() if device.is_gpu]:
+        return ", ".join(map(_described, gpus))
+    cpu = next((device.description for device in listing.result()), "CPU")
+    if monitor.failure or graphics_cards():
+        return f"{cpu}; no GPU can be used: 'pinaivu doctor' says why"
+    return f"{cpu} (no GPU)"
+
+
+def _described(device: Device) -> str:
+    name = device.status.name if device.status is not None else device.description
+    return f"{device.name} {name}, {megabytes(device.total)}"

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import click
+
 from pinaivu_box import config as configs
 from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import InvalidValue, UsageError
@@ -58,6 +60,12 @@ class Call(NamedTuple):
             print_json(value)
         else:
             print_text(value)
+
+    def report(self, sentence: str, value: Any) -> None:
+        """Say on standard error what was done; with --json, also print a value."""
+        click.echo(sentence, err=True)
+        if self.as_json:
+            print_json(value)
 
     def print_list(self, items: Sequence[Any], columns: Sequence[Column]) -> None:
         """Print items as JSON or, without --json, as a table."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
-
-import click
 
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.transcripts import secret_of
@@ -44,10 +41,3 @@ def evidence_of(call: Call, request_id: str, leg: tuple[int, int], key_file: str
         return Evidence(signed, signature, shown, transcript)
 
     return call.in_database(work)
-
-
-def print_checks(checks: Iterable[Any]) -> None:
-    """Numbered, a sentence each."""
-    for number, check in enumerate(checks, start=1):
-        mark = "ok    " if check.ok else "FAILED"
-        click.echo(f"{number}. {mark} {check.name}: {check.meaning}")

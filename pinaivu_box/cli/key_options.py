@@ -114,10 +114,6 @@ def _budget(text: str) -> Any:
         raise ValueError(str(error).removeprefix("budget: ")) from error
 
 
-def _prices(texts: tuple[str, ...]) -> dict[str, Any]:
-    return dict(map(_price, texts))
-
-
 def _price(text: str) -> tuple[str, Any]:
     glob, separator, prices = text.rpartition("=")
     parts = prices.split("/")
@@ -133,5 +129,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("rpm", "tpm", "max_parallel", "max_queue"), whole_number),
     "weight": _weight,
     "budget": _budget,
-    "prices": _prices,
+    "prices": lambda texts: dict(map(_price, texts)),
 }

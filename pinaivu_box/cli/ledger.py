@@ -12,10 +12,17 @@ import click
 from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
-from pinaivu_box.cli.evidence import evidence_of, print_checks
+from pinaivu_box.cli.evidence import evidence_of
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import limit_option, standard_options
-from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, time_text
+from pinaivu_box.cli.render import (
+    UNKNOWN,
+    Column,
+    money,
+    print_json,
+    print_steps,
+    time_text,
+)
 from pinaivu_box.cli.transcripts import key_file_option
 
 _PATH = "/v1/admin/ledger"
@@ -151,7 +158,7 @@ def check_evidence(call: Call, file: Path) -> None:
     from pinaivu_box.audits.disproof import verify_evidence
 
     checks = verify_evidence(file.read_bytes())
-    call.print(checks, print_checks)
+    call.print(checks, print_steps)
     if not all(check.ok for check in checks):
         sys.exit(1)
 

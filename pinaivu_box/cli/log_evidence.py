@@ -13,7 +13,7 @@ from msgspec import Struct
 from pinaivu_box.cli import documents
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import Column, print_json, time_text
+from pinaivu_box.cli.render import Column, print_json, print_steps, time_text
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import utc_text
 
@@ -112,7 +112,6 @@ def _verify(call: Call, document: bytes) -> None:
     if call.as_json:
         print_json([step._asdict() for step in steps])
     else:
-        for number, step in enumerate(steps, start=1):
-            click.echo(f"{number}. {'ok    ' if step.ok else 'FAILED'} {step.name}: {step.meaning}")
+        print_steps(steps)
     if not all(step.ok for step in steps):
         sys.exit(1)

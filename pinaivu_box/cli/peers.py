@@ -15,7 +15,7 @@ from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import NONE, settings, span, standard_options, whole_number
-from pinaivu_box.cli.render import Column, print_json
+from pinaivu_box.cli.render import Column
 from pinaivu_box.config import is_host_port
 from pinaivu_box.errors import CliError, NotRunning, UsageError
 
@@ -89,9 +89,7 @@ def join(call: Call, ticket: str, at: tuple[str, ...]) -> None:
         if not is_host_port(address):
             raise UsageError(f"--at: '{address}' is not HOST:PORT, such as box.example.org:4002.")
     peer = request_or_open(call, _PATH, method="POST", body={"ticket": text, "at": at})
-    if call.as_json:
-        print_json(peer)
-    click.echo(f"This box and {peer['name']} are now members of one network.", err=True)
+    call.report(f"This box and {peer['name']} are now members of one network.", peer)
     if not (is_served(call.home) or call.config().peering.enabled):
         click.echo(
             "Start it with 'pinaivu serve --peering', or set enabled = true under [peering].",
@@ -163,9 +161,7 @@ def rm(call: Call, peer: str, reason: str) -> None:
     body = {"reason": reason}
     roster = call.in_database(_roster)
     removed = request_or_open(call, path_of(_PATH, peer), method="DELETE", body=body)
-    if call.as_json:
-        print_json(removed)
-    click.echo(f"{removed['name']} ({removed['id']}) is revoked.", err=True)
+    call.report(f"{removed['name']} ({removed['id']}) is revoked.", removed)
     if roster is not None and (orphans := roster.orphans(removed["id"])):
         names = ", ".join(f"{name} ({node})" for node, name in orphans.items())
         click.echo(
@@ -193,9 +189,7 @@ def leave(call: Call) -> None:
     The members only see that this box is unreachable; 'peers rm' on one of them revokes it.
     """
     answer = request_or_open(call, f"{_PATH}/leave", method="POST", body=None)
-    if call.as_json:
-        print_json(answer)
-    click.echo(f"This box has left the network {answer['network'][:12]}.", err=True)
+    call.report(f"This box has left the network {answer['network'][:12]}.", answer)
 
 
 @peers.command()

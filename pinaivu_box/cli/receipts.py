@@ -15,7 +15,7 @@ from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.log_evidence import evidence
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import print_json
+from pinaivu_box.cli.render import print_json, print_steps
 from pinaivu_box.cli.transcripts import key_file_option, stored_transcript
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
@@ -131,9 +131,7 @@ def verify(
     if call.as_json:
         print_json(checks)
     else:
-        for number, check in enumerate(checks, start=1):
-            mark = "ok    " if check.ok else "FAILED"
-            click.echo(f"{number}. {mark} {check.name}: {check.meaning}")
+        print_steps(checks)
         if node_key is None and all(check.ok for check in checks):
             click.echo("   Compare the signer with the key that you trust, or use --node-key.")
     if not all(check.ok for check in checks):

@@ -106,6 +106,12 @@ def print_checks(checks: Iterable[Any]) -> None:
     _console().print(table)
 
 
+def print_steps(steps: Iterable[Any]) -> None:
+    """Print what was verified, one after another: whether it holds, and what that means."""
+    for number, step in enumerate(steps, start=1):
+        click.echo(f"{number}. {'ok    ' if step.ok else 'FAILED'} {step.name}: {step.meaning}")
+
+
 def time_text(text: str | None, none: str = UNKNOWN, *, seconds: bool = False) -> str:
     """An RFC 3339 time in UTC as `2026-11-01 12:00`, with `seconds` to the second."""
     return none if text is None else text[: 19 if seconds else 16].replace("T", " ")

@@ -17,8 +17,7 @@ import click
 
 from pinaivu_box.cli import first_model
 from pinaivu_box.cli.addresses import is_local, login_url, other_urls, url_of
-from pinaivu_box.cli.banner import banner
-from pinaivu_box.cli.banner_devices import describe_devices
+from pinaivu_box.cli.banner import banner, describe_devices
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.chat.server import KEY_NAME
 from pinaivu_box.cli.client import Running, write_running

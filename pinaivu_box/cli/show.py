@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import textwrap
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import click
 from pinaivu_box.cli import suggestions
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request
-from pinaivu_box.cli.fit import fit_here, print_fit
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_fields, print_table
 from pinaivu_box.errors import CliError, NotRunning
@@ -23,6 +23,17 @@ from pinaivu_box.text import megabytes
 _MEMORY_COLUMNS = (
     Column("CONTEXT", lambda need: f"{need['context']:,}", number=True),
     Column("MEMORY", lambda need: megabytes(need["bytes"]), number=True),
+)
+_FIT_COLUMNS = (
+    Column("DEVICE", itemgetter("device")),
+    Column("LAYERS", lambda part: str(part["layers"]), number=True),
+    Column("WEIGHTS", lambda part: megabytes(part["weights"]), drop=2, number=True),
+    Column("KV CACHE", lambda part: megabytes(part["cache"]), drop=2, number=True),
+    Column("BUFFERS", lambda part: megabytes(part["compute"]), drop=2, number=True),
+    Column("OTHER", lambda part: megabytes(part["other"]), drop=3, number=True),
+    Column("IN ALL", lambda part: megabytes(part["total"]), number=True),
+    Column("FREE NOW", lambda part: megabytes(part["free"]), drop=1, number=True),
+    Column("LEFT", lambda part: megabytes(part["left"]), number=True),
 )
 _INDENT = " " * len("Quantisation  ")
 
@@ -41,7 +52,7 @@ def show(call: Call, model: str, license_: bool, fit: bool) -> None:
     if license_ and not call.as_json:
         click.echo(license_text(described))
         return
-    call.print(described["fit"] or described, print_fit if described["fit"] else print_description)
+    call.print(described["fit"] or described, _print_fit if described["fit"] else print_description)
 
 
 def description_of(call: Call, model: str, *, fit: bool = False) -> dict[str, Any]:
@@ -70,10 +81,44 @@ async def _read(call: Call, name: str, fit: bool) -> dict[str, Any]:
     model = listed.find(listed.aliases.target_of(name) or name)
     described = describe(model, config, listed.aliases, await _digest(call.home, model))
     if fit:
-        where = await fit_here(config, listed, model)
+        where = await _fit_here(config, listed, model)
         described = msgspec.structs.replace(described, fit=where)
     answer: dict[str, Any] = msgspec.to_builtins(described)
     return answer
+
+
+def _print_fit(fit: Mapping[str, Any]) -> None:
+    """Print where the model would go."""
+    if not fit["fits"]:
+        click.echo(f"It could not be loaded now: {fit['why']}")
+        return
+    click.echo(f"If it were loaded now: {fit['why']}")
+    context, cache, parallel = fit["context"], fit["kv_tokens"], fit["parallel"]
+    click.echo(
+        f"Context of {context:,} tokens, a cache of {cache:,} for {parallel} requests at a time"
+    )
+    click.echo()
+    print_table(fit["devices"], _FIT_COLUMNS)
+
+
+async def _fit_here(config: Any, listed: Any, model: Any) -> Any:
+    """Where it would go on a box that does not run."""
+    from pinaivu_box.devices import DeviceMonitor
+    from pinaivu_box.gateway.fit_report import fit_of
+    from pinaivu_box.gateway.placement import Placement
+    from pinaivu_box.models.probe import Prober
+    from pinaivu_box.settings import BoxSettings, LiveSettings
+
+    async def no_digest(_: Any) -> str:
+        return ""
+
+    devices = DeviceMonitor()
+    placement = Placement(LiveSettings(BoxSettings(config, listed)), no_digest, devices)
+    try:
+        return await fit_of(model, placement, config.engine, Prober())
+    finally:
+        await placement.close()
+        devices.close()
 
 
 async def _digest(home: Path, model: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -53,25 +52,11 @@ def _rows(home: Path, query: str) -> list[str]:
     return [name if name in single else key_id for name, key_id in found]
 
 
-def _keys(home: Path) -> list[str]:
-    return _rows(home, _KEYS)
-
-
-def _accounts(home: Path) -> list[str]:
-    return _rows(home, _ACCOUNTS)
-
-
-def _of_server(home: Path, path: str) -> list[dict[str, Any]]:
-    """A list of the running server.  Raises CliError."""
+def _of_server(home: Path, path: str, field: str) -> list[str]:
+    """A field of what the running server lists.  Raises CliError."""
     from pinaivu_box.cli.client import request
 
-    answer: dict[str, Any] = request(home, path, seconds=_SECONDS)
-    found: list[dict[str, Any]] = answer["data"]
-    return found
-
-
-def _models(home: Path) -> list[str]:
-    return [model["id"] for model in _of_server(home, "/v1/models")]
+    return [str(each[field]) for each in request(home, path, seconds=_SECONDS)["data"]]
 
 
 def _known_models(_home: Path) -> list[str]:
@@ -80,12 +65,8 @@ def _known_models(_home: Path) -> list[str]:
     return [model.name for model in search("")]
 
 
-def _peers(home: Path) -> list[str]:
-    return [peer["name"] for peer in _of_server(home, "/v1/admin/peers")]
-
-
-keys = _suggesting(_keys)
-accounts = _suggesting(_accounts)
-models = _suggesting(_models)
+keys = _suggesting(lambda home: _rows(home, _KEYS))
+accounts = _suggesting(lambda home: _rows(home, _ACCOUNTS))
+models = _suggesting(lambda home: _of_server(home, "/v1/models", "id"))
 known_models = _suggesting(_known_models)
-peers = _suggesting(_peers)
+peers = _suggesting(lambda home: _of_server(home, "/v1/admin/peers", "name"))

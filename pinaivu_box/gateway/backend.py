@@ -18,7 +18,7 @@ from pinaivu_box.engine.messages import (
 )
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.commitment import Opening, new_nonce
+from pinaivu_box.receipts.commitment import Opening, new_nonce, prompt_text
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, LegStatement, SignedProof
 from pinaivu_box.tracing.context import TraceContext
 
@@ -137,6 +137,16 @@ def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, A
     if constraint is not None:
         parts["constraint"] = constraint.text
     return parts
+
+
+def asked_text(job: Job) -> str:
+    """What the client asked, as the prompt's commitment covers it."""
+    if job.inputs is not None:
+        return prompt_text([], job.stop, input=job.inputs)
+    if job.prompt is None:
+        return prompt_text(job.messages, job.stop, **committed(job.tools, job.constraint))
+    more = {"suffix": job.suffix} if job.suffix else {}
+    return prompt_text([], job.stop, prompt=[job.prompt], **more)
 
 
 @dataclass(frozen=True)

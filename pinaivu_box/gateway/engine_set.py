@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from pinaivu_box.config import ModelSettings
+from pinaivu_box.config import ModelSettings, parse_duration
 from pinaivu_box.devices import Device
+from pinaivu_box.engine.messages import CPU, OutOfMemory
 from pinaivu_box.gateway.device_spaces import DeviceReader, spaces_of
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.load_failures import LoadFailures
-from pinaivu_box.gateway.placement_plan import EngineKey, RunningEngine, Start, World
+from pinaivu_box.gateway.placement_plan import EngineKey, RunningEngine, Start, World, size_text
+from pinaivu_box.gateway.prefix_affinity import Beginning, PrefixAffinity, ReplicaLoad, choose
 from pinaivu_box.models.memory import resident
 from pinaivu_box.settings import LiveSettings
 
@@ -44,6 +47,28 @@ class EngineSet:
     def replicas(self, model_id: str) -> list[EngineProcess]:
         """The engines of a model that are ready."""
         return [e for key, e in self.engines.items() if key.model == model_id and e.alive]
+
+    def chosen(
+        self,
+        model_id: str,
+        claimed: Collection[EngineKey],
+        affinity: PrefixAffinity[int],
+        beginning: Beginning,
+    ) -> EngineProcess | None:
+        """The replica that will answer soonest, none that is to make way if there is another."""
+        engines = self.replicas(model_id)
+        engines = [e for e in engines if e.key not in claimed] or engines
+        if len(engines) < 2:
+            return engines[0] if engines else None
+        loads = [
+            ReplicaLoad(
+                engine.users,
+                engine.ready.max_sequences,
+                affinity.matched(engine.number, beginning),
+            )
+            for engine in engines
+        ]
+        return engines[choose(loads, beginning)]
 
     def free_key(self, model_id: str) -> EngineKey:
         """For a further engine of the model."""
@@ -89,3 +114,49 @@ class EngineSet:
     def _resident(self, starting: RunningEngine) -> int:
         process = self.loading.get(starting.key)
         return resident(process.pid) if process is not None and process.launched else 0
+
+    def note_shortage(self, start: Start, shortage: OutOfMemory) -> str:
+        """An engine found no memory that was planned; returns what was missing, as a clause."""
+        device = shortage.device or CPU
+        space = next((s for s in self.world("").spaces if s.device == device), None)
+        planned = start.layout.memory.get(device, 0)
+        free = space.free if space is not None else 0
+        self.failures.note_memory(device, planned + max(0, free - planned), planned)
+        wanted = (
+            f"{size_text(shortage.wanted)} more of memory" if shortage.wanted else "enough memory"
+        )
+        return f"{device} did not have {wanted}, {size_text(planned)} were planned there"
+
+    def have_left(self, keys: Iterable[EngineKey]) -> bool:
+        """Whether all these engines may be ended now, or are gone."""
+        if self.starting.keys() & set(keys):
+            return False
+        engines = [self.engines[key] for key in keys if key in self.engines]
+        return all(self.running(engine).evictable for engine in engines)
+
+    @property
+    def max_keep_alive(self) -> float:
+        """Seconds for which a request may ask a model to stay loaded."""
+        config = self._settings.config.engine
+        return max(_duration(config.keep_alive), _duration(config.max_keep_alive))
+
+    def wanted_seconds(self, engine: EngineProcess) -> float:
+        """For how many seconds somebody still wants it to stay."""
+        if self.is_pinned(engine):
+            return 0.0 if engine.to_unload else math.inf
+        config = self._settings.config.engine
+        usual = _duration(self.settings_of(engine).keep_alive or config.keep_alive)
+        now, longest = time.monotonic(), max(self.max_keep_alive, usual)
+        left = max(0.0, engine.ready_at + usual - now) if not engine.used else 0.0  # preloaded
+        for tenant, (since, keep_alive) in list(engine.uses.items()):
+            keep = usual if keep_alive is None else min(keep_alive, longest)
+            if since + keep <= now:
+                del engine.uses[tenant]
+            left = max(left, since + keep - now)
+        return left
+
+
+def _duration(text: str) -> float:
+    """In seconds; a negative one has no end."""
+    seconds = parse_duration(text)
+    return math.inf if seconds < 0 else seconds

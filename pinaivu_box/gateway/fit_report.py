@@ -8,7 +8,7 @@ from pinaivu_box.config import EngineConfig
 from pinaivu_box.gateway.layouts import Layout
 from pinaivu_box.gateway.model_needs import load_of, placed
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.gateway.placement_plan import Start, Wait, World
+from pinaivu_box.gateway.placement_plan import Start, WaitForEngines, World
 from pinaivu_box.models import fit
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.model_fit import DeviceFit, ModelFit
@@ -26,7 +26,7 @@ async def fit_of(
         probed = None if model.is_fake else await prober.probe(model, load)
         needs = fit.need(model.header, load), fit.need(model.header, load, probed)
         return _started(decision, world, *needs)
-    if isinstance(decision, Wait):
+    if isinstance(decision, WaitForEngines):
         return ModelFit(False, decision.why)
     return ModelFit(False, f"it {decision.why}")
 

@@ -15,7 +15,7 @@ _KEPT_FREE = 0.2  # of what was planned there when a device ran out of memory
 
 
 @dataclass
-class _Failures:
+class _ModelFailures:
     count: int = 0
     until: float = 0.0
     reason: str = ""
@@ -25,7 +25,7 @@ class LoadFailures:
     """By the id of the model, and by the name of the device."""
 
     def __init__(self) -> None:
-        self._models: dict[str, _Failures] = {}
+        self._models: dict[str, _ModelFailures] = {}
         self._deaths: dict[tuple[str, str], list[float]] = {}
         self._missing: dict[str, tuple[int, float]] = {}  # bytes, and until when
 
@@ -44,7 +44,7 @@ class LoadFailures:
 
     def note(self, model_id: str, reason: str, *, first_free: bool = False) -> None:
         """An engine could not be started, or (`first_free`) has died."""
-        failures = self._models.setdefault(model_id, _Failures())
+        failures = self._models.setdefault(model_id, _ModelFailures())
         failures.count += 1
         failures.reason = reason
         failures.until = time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
+from pinaivu_box.openai.completions import shown_likeliest, shown_token
 from pinaivu_box.receipts.commitment import logprob_record, named_record
 
 

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from pinaivu_box import amount
 from pinaivu_box.gateway import transcripts
-from pinaivu_box.gateway.asked import asked_text
+from pinaivu_box.gateway.backend import asked_text
 from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment

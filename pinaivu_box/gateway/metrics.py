@@ -20,23 +20,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for 
 # Those of OpenTelemetry's conventions for generative AI, and three below them for small models on
 # fast devices.
 _GAP_SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-)
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+)  # fmt: skip
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _ENGINE_GAUGES = {
     "running": "Sequences that are running.",

@@ -18,7 +18,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from pinaivu_box.changes import Changes
-from pinaivu_box.config import EngineConfig, parse_duration
+from pinaivu_box.config import EngineConfig
 from pinaivu_box.engine.messages import CPU, OutOfMemory, SavedPrefixes
 from pinaivu_box.errors import ApiError, NoNodesAvailable
 from pinaivu_box.gateway.device_spaces import DeviceReader, gpu_reserve
@@ -30,15 +30,14 @@ from pinaivu_box.gateway.placement_plan import (
     EngineKey,
     Refuse,
     Start,
-    Wait,
+    WaitForEngines,
     World,
     all_busy,
     another_replica,
     plan,
     pressed,
-    size_text,
 )
-from pinaivu_box.gateway.prefix_affinity import Beginning, PrefixAffinity, ReplicaLoad, choose
+from pinaivu_box.gateway.prefix_affinity import Beginning, PrefixAffinity
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import TaskSet
@@ -89,8 +88,7 @@ class Placement:
     @property
     def max_keep_alive(self) -> float:
         """Seconds for which a request may ask a model to stay loaded."""
-        config = self._config
-        return max(_duration(config.keep_alive), _duration(config.max_keep_alive))
+        return self._set.max_keep_alive
 
     def start(self) -> None:
         """Load what is to be there from the beginning, and watch the memory of GPUs."""
@@ -180,7 +178,8 @@ class Placement:
         while self._must_yield(model.id):
             await self._changes.wait(self._changes.count, _LOOK_SECONDS)
         async with self._locks.setdefault(model.id, asyncio.Lock()):
-            engine = self._chosen(model.id, beginning)
+            claimed = self._claimed(model.id)
+            engine = self._set.chosen(model.id, claimed, self._affinity, beginning)
             if engine is None:
                 engine = await self._start(model, self._set.free_key(model.id))
             engine.use()
@@ -234,22 +233,6 @@ class Placement:
         )
 
     # -- choosing ------------------------------------------------------------------------------
-
-    def _chosen(self, model_id: str, beginning: Beginning) -> EngineProcess | None:
-        """The replica that will answer soonest, none that is to make way if there is another."""
-        engines, claimed = self.replicas(model_id), self._claimed(model_id)
-        engines = [e for e in engines if e.key not in claimed] or engines
-        if len(engines) < 2:
-            return engines[0] if engines else None
-        loads = [
-            ReplicaLoad(
-                engine.users,
-                engine.ready.max_sequences,
-                self._affinity.matched(engine.number, beginning),
-            )
-            for engine in engines
-        ]
-        return engines[choose(loads, beginning)]
 
     def _must_yield(self, model_id: str) -> bool:
         """Whether another model waits for all engines of this one to end, and they have had their
@@ -346,7 +329,7 @@ class Placement:
             if error.memory is None:
                 raise
             self._set.starting[key] = None  # what it was to have is free
-            first = self._note_shortage(start, error.memory)
+            first = self._set.note_shortage(start, error.memory)
             log.warning("%s: %s; trying again with less", model.id, first)
         try:
             smaller = await self._place(model, key, evict)
@@ -355,25 +338,16 @@ class Placement:
             if error.memory is None:
                 raise
             self._set.starting[key] = None
-            second = self._note_shortage(smaller, error.memory)
+            second = self._set.note_shortage(smaller, error.memory)
             raise StartFailed(f"{first}; tried again with less: {second}", error.memory) from error
-
-    def _note_shortage(self, start: Start, shortage: OutOfMemory) -> str:
-        """Returns what was missing, as a clause."""
-        device = shortage.device or CPU
-        space = next((s for s in self._set.world("").spaces if s.device == device), None)
-        planned = start.layout.memory.get(device, 0)
-        free = space.free if space is not None else 0
-        self._failures.note_memory(device, planned + max(0, free - planned), planned)
-        wanted = (
-            f"{size_text(shortage.wanted)} more of memory" if shortage.wanted else "enough memory"
-        )
-        return f"{device} did not have {wanted}, {size_text(planned)} were planned there"
 
     async def _run(self, model: Model, digest: str, key: EngineKey, start: Start) -> EngineProcess:
         """Start the engine where it was planned.  Raises StartFailed."""
         load = placed(load_of(model, self._config, start.layout.sizes), start.layout)
-        projector = await self._projector_digest(model)
+        projector = ""
+        if model.projector is not None:
+            path, size = model.projector
+            projector = await self._digest(Model(model.id, path, size=size))
         load = replace(load, projector_digest=projector, saved=self.saved_prefixes(digest))
         engine = EngineProcess(model, digest, load, key.replica, start)
         began = time.monotonic()
@@ -389,12 +363,6 @@ class Placement:
         self._tasks.spawn(self._watch(engine))
         self._unload_later(engine)
         return engine
-
-    async def _projector_digest(self, model: Model) -> str:
-        if model.projector is None:
-            return ""
-        path, size = model.projector
-        return await self._digest(Model(model.id, path, size=size))
 
     async def would_place(self, model: Model) -> tuple[Decision, World]:
         """What loading the model now would do, and what there is."""
@@ -433,10 +401,10 @@ class Placement:
                     case Start():
                         ended += [evicted.model for evicted in decision.evict]
                         await self._end(decision.evict, f"to make room for {model.id}")
-                    case Wait():
+                    case WaitForEngines():
                         self._claims[model.id] = frozenset(decision.engines)
                         await asyncio.sleep(_MIN_LOOK_SECONDS)
-                        ready = partial(self._have_left, decision.engines)
+                        ready = partial(self._set.have_left, decision.engines)
                         await self._changes.until(ready, _LOOK_SECONDS)
                     case Refuse():
                         raise NoNodesAvailable(
@@ -445,13 +413,6 @@ class Placement:
         finally:
             if self._claims.pop(model.id, None):
                 self._changes.notify()
-
-    def _have_left(self, keys: Iterable[EngineKey]) -> bool:
-        """Whether all these engines may be ended now, or are gone."""
-        if self._set.starting.keys() & set(keys):
-            return False
-        engines = [self._set.engines[key] for key in keys if key in self._set.engines]
-        return all(self._set.running(engine).evictable for engine in engines)
 
     @property
     def _settling(self) -> bool:
@@ -487,7 +448,7 @@ class Placement:
             self._failures.note_death(engine.model_id, gpus)
             if _OUT_OF_MEMORY.search(printed):
                 for device in gpus:
-                    self._note_shortage(engine.plan, OutOfMemory(device))
+                    self._set.note_shortage(engine.plan, OutOfMemory(device))
             self._failures.note(engine.model_id, "it died", first_free=True)
             self._changes.notify()
 
@@ -495,32 +456,17 @@ class Placement:
         """Once no tenant wants it to stay any more, unless it is used again."""
         if engine.unloading is not None:
             engine.unloading.cancel()
-        if engine.users == 0 and (left := self._wanted(engine)) < math.inf:
+        if engine.users == 0 and (left := self._set.wanted_seconds(engine)) < math.inf:
             engine.unloading = asyncio.get_running_loop().call_later(
                 max(left, _MIN_IDLE_SECONDS),
                 lambda: self._tasks.spawn(self._unload_if_idle(engine)),
             )
 
-    def _wanted(self, engine: EngineProcess) -> float:
-        """For how many seconds somebody still wants it to stay."""
-        own = self._set.settings_of(engine)
-        if self._set.is_pinned(engine):
-            return 0.0 if engine.to_unload else math.inf
-        usual = _duration(own.keep_alive or self._config.keep_alive)
-        now, longest = time.monotonic(), max(self.max_keep_alive, usual)
-        left = max(0.0, engine.ready_at + usual - now) if not engine.used else 0.0  # preloaded
-        for tenant, (since, keep_alive) in list(engine.uses.items()):
-            keep = usual if keep_alive is None else min(keep_alive, longest)
-            if since + keep <= now:
-                del engine.uses[tenant]
-            left = max(left, since + keep - now)
-        return left
-
     async def _unload_if_idle(self, engine: EngineProcess) -> None:
         async with self._locks[engine.model_id]:  # a new one is not loaded before this one is gone
             if not engine.alive or engine.users:
                 return
-            if self.waiting(engine.model_id) or self._wanted(engine):
+            if self.waiting(engine.model_id) or self._set.wanted_seconds(engine):
                 self._unload_later(engine)
                 return
             idle = time.monotonic() - engine.idle_since
@@ -551,9 +497,3 @@ class Placement:
         await engine.stop()
         self._stopped_at = time.monotonic()
         self._changes.notify()
-
-
-def _duration(text: str) -> float:
-    """In seconds; a negative one has no end."""
-    seconds = parse_duration(text)
-    return math.inf if seconds < 0 else seconds

@@ -97,7 +97,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Wait:
+class WaitForEngines:
     """There will be a place once these engines are not in use any more, or have been loaded."""
 
     engines: tuple[EngineKey, ...]
@@ -112,7 +112,7 @@ class Refuse:
     todo: str = "set a smaller context for it, or wait until other models are idle"
 
 
-Decision = Start | Wait | Refuse
+Decision = Start | WaitForEngines | Refuse
 Found = tuple[Layout, tuple[RunningEngine, ...]]
 
 
@@ -143,7 +143,7 @@ def plan(
         there = ", ".join(space.device for space in world.spaces)
         why = f"may use {', '.join(rules.devices)} only, and what can be used now is {there}"
         return Refuse(why, "add a device to its devices")
-    search = _Search(needs, rules, world)
+    search = _PlanSearch(needs, rules, world)
     idle = [engine for engine in world.engines if engine.evictable] if evict else []
     cold = [engine for engine in idle if not engine.warm]
     best_kinds = [kind for kind in kinds if kind in _GPU_TIERS] or kinds
@@ -153,7 +153,8 @@ def plan(
     busy = [each for each in world.engines if not (each.evictable or each.pinned)]
     if patient and (engines := search.awaited(best_kinds, idle, busy)):
         names = ", ".join(engine.key.model for engine in engines)
-        return Wait(tuple(engine.key for engine in engines), f"waits until {names} is not in use")
+        keys = tuple(engine.key for engine in engines)
+        return WaitForEngines(keys, f"waits until {names} is not in use")
     if best_kinds != kinds:
         rest = [kind for kind in kinds if kind not in best_kinds]
         found = search.of_kinds(rest, cold, idle)
@@ -205,7 +206,7 @@ def pressed(world: World, reserve: int) -> tuple[EngineKey, ...]:
     return tuple(engine.key for engine in ended)
 
 
-class _Search:
+class _PlanSearch:
     """For layouts of one model in a world."""
 
     def __init__(self, needs: Needs, rules: Rules, world: World) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pinaivu_box.gateway.asked import asked_text
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Job, asked_text
 from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
 from pinaivu_box.receipts import transcript_sealing
 from pinaivu_box.receipts.transcript import (

@@ -15,8 +15,7 @@ from pinaivu_box import amount
 from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.changes import Changes
 from pinaivu_box.errors import Conflict
-from pinaivu_box.gateway.asked import asked_text
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Job, asked_text
 from pinaivu_box.gateway.quota import (
     Credit,
     Limits,

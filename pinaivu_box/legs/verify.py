@@ -16,8 +16,7 @@ from pinaivu_box import amount
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import Sampling, TokenLogprob
 from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.asked import asked_text
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Job, asked_text
 from pinaivu_box.identity import verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts import commitment

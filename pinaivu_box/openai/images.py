@@ -63,10 +63,6 @@ def references(messages: Sequence[Message]) -> Iterator[tuple[str, tuple[str | i
             yield part[_URL], part["at"]
 
 
-def has_images(messages: Sequence[Message]) -> bool:
-    return any(True for _ in _images(messages))
-
-
 def _images(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
     for message in messages:
         content = message.get("content")

@@ -21,10 +21,11 @@ from pinaivu_box.server.logins import (
     logged_in,
     new_session,
 )
+from pinaivu_box.server.paging import ListAnswer
 from pinaivu_box.server.sessions import address_of, require_session, session_of, set_cookie
 from pinaivu_box.store import accounts, pages_keys, sessions
 from pinaivu_box.store.sessions import Session
-from pinaivu_box.store.times import time_text
+from pinaivu_box.text import utc_text
 
 
 class OwnAccount(Struct, frozen=True):
@@ -61,12 +62,10 @@ class SessionView(Struct, frozen=True):
     current: bool
 
 
-class SessionList(Struct, frozen=True):
+class SessionList(ListAnswer, frozen=True):
     """The newest first."""
 
     data: list[SessionView]
-    object: str = "list"
-    request_id: str = ""
 
 
 class EndedSessions(Struct, frozen=True):
@@ -136,8 +135,7 @@ async def end_other_sessions(request: Request) -> EndedSessions:
 
 
 def _view(session: Session, own: Session) -> SessionView:
-    created, seen = time_text(session.created_at), time_text(session.last_seen)
-    assert created is not None and seen is not None
+    created, seen = utc_text(session.created_at / 1000), utc_text(session.last_seen / 1000)
     return SessionView(
         session.id, created, seen, session.address, session.user_agent, session.id == own.id
     )

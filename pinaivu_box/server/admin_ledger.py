@@ -13,6 +13,7 @@ from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger.session import PURPOSE
 from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.paging import ListAnswer
 
 
 class EntryQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,16 +29,12 @@ class StatementQuery(Struct, frozen=True, forbid_unknown_fields=True):
     peer: str | None = None
 
 
-class BalanceList(Struct, frozen=True):
+class BalanceList(ListAnswer, frozen=True):
     data: list[views.BalanceView]
-    object: str = "list"
-    request_id: str = ""
 
 
-class EntryList(Struct, frozen=True):
+class EntryList(ListAnswer, frozen=True):
     data: list[views.EntryView]
-    object: str = "list"
-    request_id: str = ""
 
 
 class ForgivenView(Struct, frozen=True):
@@ -49,18 +46,14 @@ class ForgivenView(Struct, frozen=True):
     request_id: str = ""
 
 
-class StatementList(Struct, frozen=True):
+class StatementList(ListAnswer, frozen=True):
     data: list[views.StatementView]
-    object: str = "list"
-    request_id: str = ""
 
 
-class DisproofList(Struct, frozen=True):
+class DisproofList(ListAnswer, frozen=True):
     """The newest first."""
 
     data: list[views.DisproofView]
-    object: str = "list"
-    request_id: str = ""
 
 
 async def list_balances(request: Request) -> BalanceList:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.box import Box, NotServed, not_served_in
+from pinaivu_box.config import GpuLayers
+from pinaivu_box.engine.messages import KvType, MinP, Temperature, TopK, TopP
 from pinaivu_box.errors import Conflict, PullFailed
 from pinaivu_box.gateway.fit_report import fit_of
-from pinaivu_box.model_admin import aliases, loading, remove
+from pinaivu_box.model_admin import aliases, loading, overrides, remove
 from pinaivu_box.model_admin import pull as pulling
 from pinaivu_box.model_admin.progress import PullProgress
 from pinaivu_box.model_admin.pull import Pull
 from pinaivu_box.model_admin.remove import RemovedModel
 from pinaivu_box.models import description, known_models, licenses, memory
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.description import ModelDescription
+from pinaivu_box.models.description import ModelDescription, settings_of
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.overrides import Context, KeepAlive, Parallel
 from pinaivu_box.models.prices import prices_of
 from pinaivu_box.registry import hub_search
 from pinaivu_box.registry.hub_search import FoundModel
 from pinaivu_box.registry.reference import host_of
 from pinaivu_box.server.admin_peers import network_of
-from pinaivu_box.server.context import actor_of, box_of, request_id_of
+from pinaivu_box.server.context import actor_of, box_of, named_field, request_id_of
 from pinaivu_box.server.inference import keep_alive_seconds
 from pinaivu_box.server.json_response import JsonLines
+from pinaivu_box.server.paging import ListAnswer
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 
@@ -94,13 +98,11 @@ class KnownModelView(Struct, frozen=True):
     served: bool
 
 
-class KnownModelList(Struct, frozen=True):
+class KnownModelList(ListAnswer, frozen=True):
     """`available` is the memory in bytes that models can have here, null if that is not known."""
 
     data: list[KnownModelView]
     available: int | None
-    object: str = "list"
-    request_id: str = ""
 
 
 async def list_known_models(request: Request, query: KnownQuery) -> KnownModelList:
@@ -128,13 +130,11 @@ class FoundModelView(FoundModel, frozen=True):
     served: bool = False
 
 
-class HubModelList(Struct, frozen=True):
+class HubModelList(ListAnswer, frozen=True):
     """`hub` is the host that was asked."""
 
     data: list[FoundModelView]
     hub: str
-    object: str = "list"
-    request_id: str = ""
 
 
 async def search_hub(request: Request, query: HubQuery) -> HubModelList:
@@ -297,3 +297,59 @@ async def pin(request: Request, body: ModelToPin) -> ModelPinned:
     """Raises ModelNotFound, Conflict."""
     model = await loading.pin(box_of(request), body.model, actor_of(request), pinned=body.pinned)
     return ModelPinned(model.id, body.pinned, model.settings.pin)
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+class SamplingChanges(Struct, frozen=True, forbid_unknown_fields=True):
+    """Only the fields that are present are changed; null resets one to what is configured."""
+
+    temperature: Temperature | UnsetType | None = UNSET
+    top_p: TopP | UnsetType | None = UNSET
+    top_k: TopK | UnsetType | None = UNSET
+    min_p: MinP | UnsetType | None = UNSET
+
+
+class SettingChanges(Struct, frozen=True, forbid_unknown_fields=True):
+    """Only the fields that are present are changed; null resets one to what is configured.  They
+    mean what they mean in `[[model]]`."""
+
+    context: Context | UnsetType | None = UNSET
+    parallel: Parallel | UnsetType | None = UNSET
+    kv_type: KvType | UnsetType | None = UNSET
+    gpu_layers: GpuLayers | UnsetType | None = UNSET
+    keep_alive: KeepAlive | UnsetType | None = UNSET
+    pin: bool | UnsetType | None = UNSET
+    preload: bool | UnsetType | None = UNSET
+    sampling: SamplingChanges | UnsetType | None = UNSET
+
+
+class ModelToSet(NamedModel, frozen=True):
+    """With `reset`, all settings that are not in `settings` are as configured again."""
+
+    settings: SettingChanges = SettingChanges()
+    reset: bool = False
+
+
+class ModelSet(Struct, frozen=True):
+    """`settings` are those in force, of which an operator set the `overrides`.  The model is loaded
+    with other values of those in `reload`: they count once it was unloaded."""
+
+    model: str
+    overrides: dict[str, Any]
+    settings: dict[str, Any]
+    reload: list[str]
+    request_id: str = ""
+
+
+async def set_model(request: Request, body: ModelToSet) -> ModelSet:
+    """Raises ModelNotFound, Conflict, InvalidBody."""
+    box = box_of(request)
+    changes = msgspec.to_builtins(body.settings)
+    with named_field("body", "settings", "keep_alive"):
+        model, later = await overrides.change(
+            box, body.model, changes, actor_of(request), reset=body.reset
+        )
+    settings = settings_of(model, box.config)
+    return ModelSet(model.id, model.overrides.as_json(), settings, later)

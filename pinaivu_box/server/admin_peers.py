@@ -33,6 +33,7 @@ from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.routing.spending_limits import too_dear
 from pinaivu_box.server.context import actor_of, box_of, named_field
+from pinaivu_box.server.paging import ListAnswer
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.witnessed import Alarm
@@ -101,13 +102,11 @@ class Remove(Struct, frozen=True):
     reason: Annotated[str, Meta(max_length=200)] = ""
 
 
-class PeerList(Struct, frozen=True):
+class PeerList(ListAnswer, frozen=True):
     """`own` is this box as the others see it."""
 
     own: OwnView
     data: list[PeerView]
-    object: str = "list"
-    request_id: str = ""
 
 
 class Left(Struct, frozen=True):

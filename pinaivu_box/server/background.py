@@ -208,12 +208,7 @@ class Background:
 
     async def shut_down(self) -> None:
         """Wait for responses whose requests have ended; the next start marks the rest as failed."""
-        if not self._tasks:
-            return
-        _, left = await asyncio.wait(self._tasks, timeout=_SHUTDOWN_SECONDS)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await self._tasks.finish(_SHUTDOWN_SECONDS)
 
     async def _run(self, response: BackgroundResponse, release_body: Callable[[], None]) -> None:
         try:

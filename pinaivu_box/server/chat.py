@@ -50,7 +50,7 @@ def _thinking_field(body: ChatRequest) -> str:
     return "enable_thinking" if (body.chat_template_kwargs or {}).get("enable_thinking") else ""
 
 
-class _ChatChoice:
+class _ReadChoice:
     """The reader of a choice's output, and what it has read; of a stream nothing is kept."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _ChatAnswer:
         self._body, self._jobs = body, jobs
         self._ignored = call.ignored  # complete once the first choice has begun
         self._custom_tools = custom_names(body.tools or ())
-        self._choices = [_ChatChoice() for _ in jobs]
+        self._choices = [_ReadChoice() for _ in jobs]
         self._end: Finished
         # What stands around the text of a chunk, by choice: it is encoded only once.
         self._around_text: dict[int, tuple[bytes, bytes]] = {}

@@ -15,8 +15,9 @@ from pinaivu_box.openai.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    shown_likeliest,
+    shown_token,
 )
-from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
 from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server import error_responses

@@ -42,8 +42,7 @@ from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.conversations import answers_of
-from pinaivu_box.server.idle_questions import Spoken, Untitled
-from pinaivu_box.server.idle_work import IdleWork
+from pinaivu_box.server.idle_work import IdleWork, Spoken, Untitled
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.recalled import recalled

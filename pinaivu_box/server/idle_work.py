@@ -10,14 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import msgspec
 
 from pinaivu_box.box import Box
+from pinaivu_box.chats import extraction, titles
+from pinaivu_box.chats.conversations import Chats
+from pinaivu_box.chats.memories import Memories
 from pinaivu_box.chats.sealing import RowSealer
-from pinaivu_box.errors import BoxError
+from pinaivu_box.errors import BoxError, RowNotFound
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.idle_time import until_idle, while_idle
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.openai.conversations import Conversation
 from pinaivu_box.server import own_requests
 from pinaivu_box.store import keys
 from pinaivu_box.store.keys import Key
@@ -28,23 +34,70 @@ _MAX_WAITING = 100  # beyond that the oldest are dropped
 _MAX_ATTEMPTS = 5  # of one that others interrupt
 
 
-class IdleQuestion(Protocol):
-    """A question about something of a session's account to the model of that name."""
+class Spoken(NamedTuple):
+    """Which facts about the user are in what a user wrote, in a session, to a model."""
 
-    @property
-    def key_id(self) -> str: ...
-
-    @property
-    def session_id(self) -> str: ...
-
-    @property
-    def model(self) -> str: ...
+    key_id: str
+    session_id: str
+    model: str
+    text: str
 
     async def asks(self, box: Box, sealer: RowSealer) -> dict[str, Any] | None:
         """The fields of a Job, or None if there is nothing to ask any more."""
+        if not await Memories(box.database, sealer).enabled():
+            return None
+        return {
+            "messages": extraction.messages(self.text),
+            "max_tokens": extraction.MAX_TOKENS,
+            "constraint": extraction.constraint(self.text),
+        }
 
     async def take(self, box: Box, sealer: RowSealer, answer: str) -> None:
         """Store what the answer is good for."""
+        memories = Memories(box.database, sealer)
+        for fact in extraction.facts_in(answer, self.text):
+            await memories.add(fact, "found")
+
+
+class Untitled(NamedTuple):
+    """What a conversation is called that began so, unless it is no longer called `title`."""
+
+    key_id: str
+    session_id: str
+    model: str
+    conversation_id: str
+    title: str
+    text: str  # see `titles.beginning`
+
+    async def asks(self, box: Box, sealer: RowSealer) -> dict[str, Any] | None:
+        try:
+            conversation = await Chats(box.database, sealer).get(self.conversation_id)
+        except RowNotFound:
+            return None
+        if conversation.title != self.title:
+            return None
+        return {
+            "messages": titles.messages(self.text),
+            "max_tokens": titles.MAX_TOKENS,
+            "constraint": titles.CONSTRAINT,
+        }
+
+    async def take(self, box: Box, sealer: RowSealer, answer: str) -> None:
+        title = titles.title_in(answer, self.text)
+        if not title:
+            return
+
+        def change(conversation: Conversation) -> Conversation:
+            renamed = conversation.title != self.title
+            return conversation if renamed else msgspec.structs.replace(conversation, title=title)
+
+        try:
+            await Chats(box.database, sealer).change(self.conversation_id, change)
+        except RowNotFound:
+            return
+
+
+IdleQuestion = Spoken | Untitled
 
 
 class _Waiting(NamedTuple):

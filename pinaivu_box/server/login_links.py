@@ -18,11 +18,11 @@ from pinaivu_box.server.logins import (
     begin_session,
     check_encrypted,
 )
-from pinaivu_box.server.paths import forwarded_prefix
+from pinaivu_box.server.paths import server_address
 from pinaivu_box.server.sessions import address_of
 from pinaivu_box.store import accounts, login_links
 from pinaivu_box.store.audit import Actor
-from pinaivu_box.store.times import time_text
+from pinaivu_box.text import utc_text
 
 Token = Annotated[str, Meta(max_length=100)]
 
@@ -128,7 +128,5 @@ def _view(
     account: str | None,
     expires_at: int,
 ) -> LoginLink:
-    base = f"{request.url.scheme}://{request.url.netloc}{forwarded_prefix(request.headers)}"
-    expires = time_text(expires_at)
-    assert expires is not None
-    return LoginLink(f"{base}/{path}{quote(token)}", account, expires)
+    url = f"{server_address(request)}/{path}{quote(token)}"
+    return LoginLink(url, account, utc_text(expires_at / 1000))

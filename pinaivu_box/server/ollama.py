@@ -53,7 +53,6 @@ from pinaivu_box.server.sse import LineStream, encode_line
 
 _VERSION = "0.12.0"  # of Ollama, whose API this is
 _MAX_TIME = 253_402_300_799  # Unix seconds of the last one of the year 9999
-_NANOSECONDS = 1_000_000_000
 
 
 async def chat(call: InferenceCall, body: OllamaChatRequest) -> OllamaAnswer | LineStream:
@@ -114,9 +113,8 @@ async def _unload(call: InferenceCall, job: Job) -> None:
 async def embed(call: InferenceCall, body: EmbedRequest) -> EmbedAnswer:
     texts = [body.input] if isinstance(body.input, str) else body.input
     vectors, tokens, seconds = await _embed(call, body, texts, body.dimensions)
-    nanoseconds = round(seconds * _NANOSECONDS)
     model = call.request.scope["state"]["model"]
-    return EmbedAnswer(model, vectors, nanoseconds, 0, tokens, call.request_id)
+    return EmbedAnswer(model, vectors, _nanoseconds(seconds), 0, tokens, call.request_id)
 
 
 async def embeddings(call: InferenceCall, body: EmbeddingsRequest) -> EmbeddingsAnswer:
@@ -160,7 +158,7 @@ async def tags(request: Request) -> Tags:
 
 
 async def _tagged(request: Request, name: str, model: Model) -> TaggedModel:
-    digest = await _digest(request, model)
+    digest = await box_of(request).digests.known(model)
     modified = _time(model.created)
     return TaggedModel(name, name, modified, model.size, digest, _details(model))
 
@@ -208,7 +206,7 @@ async def ps(request: Request) -> LoadedModels:
                 model.id,
                 model.id,
                 engine.memory or 0,
-                await _digest(request, model),
+                await box.digests.known(model),
                 _details(model),
                 _time(time.time() + box.placement.max_keep_alive),
                 0,
@@ -218,11 +216,6 @@ async def ps(request: Request) -> LoadedModels:
             if (model := served.get(engine.model_id)) is not None
         ]
     )
-
-
-async def _digest(request: Request, model: Model) -> str:
-    """Of the model's file, where it is known without reading it now."""
-    return await box_of(request).digests.known(model)
 
 
 def _details(model: Model) -> ModelDetails:
@@ -342,4 +335,4 @@ class _Answer:
 
 
 def _nanoseconds(seconds: float) -> int:
-    return round(seconds * _NANOSECONDS)
+    return round(seconds * 1e9)

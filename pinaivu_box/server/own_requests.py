@@ -3,14 +3,15 @@ receipted as any of the key's."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from pinaivu_box.box import Box
 from pinaivu_box.engine.messages import Output, SamplingParams
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.reader import Text
+from pinaivu_box.openai.reader import Reader, Text
 from pinaivu_box.server.access_log import new_request_id
 from pinaivu_box.server.inference import reader_of
 from pinaivu_box.store.keys import Key
@@ -20,22 +21,11 @@ _LOWEST_PRIORITY = -100  # among the key's own
 
 async def vectors(box: Box, key: Key, model: Model, texts: list[str]) -> list[bytes]:
     """The vectors of the texts (little-endian floats of 32 bits).  Raises ApiError."""
-    job = _job(model, key, inputs=list(texts))
     found: list[bytes] = []
-    running = box.requests.start(await box.admission.admit(key, [job]))
-    try:
-        while True:
-            for event in await running.events.take():
-                match event:
-                    case Output():
-                        found += event.vectors
-                    case Failed(error):
-                        raise error
-                    case Finished():
-                        return found
-    except BaseException:
-        running.cancel()
-        raise
+    async for event in _events(box, key, _job(model, key, inputs=list(texts))):
+        if isinstance(event, Output):
+            found += event.vectors
+    return found
 
 
 async def text(box: Box, key: Key, model: Model, **fields: Any) -> str:
@@ -44,21 +34,28 @@ async def text(box: Box, key: Key, model: Model, **fields: Any) -> str:
     It comes after all other requests of the key; if the caller is cancelled it is stopped.
     """
     job = _job(model, key, priority=_LOWEST_PRIORITY, **fields)
-    running = box.requests.start(await box.admission.admit(key, [job.with_usual_stop()]))
-    reader, parts = None, []
+    reader, parts = Reader(None), []  # until it is started
+    async for event in _events(box, key, job.with_usual_stop()):
+        match event:
+            case ChoiceStarted():
+                reader = reader_of(job, event)
+            case Output():
+                pieces = reader.read(event)
+                parts += [piece.text for piece in pieces if isinstance(piece, Text)]
+    return "".join(parts)
+
+
+async def _events(box: Box, key: Key, job: Job) -> AsyncIterator[RequestEvent]:
+    """The events of a request with that one job, up to its end.  Raises ApiError."""
+    running = box.requests.start(await box.admission.admit(key, [job]))
     try:
         while True:
             for event in await running.events.take():
-                match event:
-                    case ChoiceStarted():
-                        reader = reader_of(job, event)
-                    case Output() if reader is not None:
-                        pieces = reader.read(event)
-                        parts += [piece.text for piece in pieces if isinstance(piece, Text)]
-                    case Failed(error):
-                        raise error
-                    case Finished():
-                        return "".join(parts)
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Finished):
+                    return
     except BaseException:
         running.cancel()
         raise

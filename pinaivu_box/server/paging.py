@@ -1,10 +1,17 @@
-"""Lists that are read page by page."""
+"""Lists: as they are answered, and read page by page."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from msgspec import Meta, Struct
+
+
+class ListAnswer(Struct, frozen=True, kw_only=True):
+    """Base of answers with `data`."""
+
+    object: str = "list"
+    request_id: str = ""
 
 
 class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):

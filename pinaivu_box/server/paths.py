@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from pinaivu_box.text import END
 
@@ -45,6 +46,11 @@ def forwarded_prefix(headers: Headers) -> str:
     # It becomes part of addresses: one that began with two slashes would name another host.
     valid = len(prefix) <= _MAX_PREFIX_CHARACTERS and _PREFIX.match(prefix)
     return prefix if valid else ""
+
+
+def server_address(request: Request) -> str:
+    """Where clients reach this box, as this one did: `http://box:4001`."""
+    return f"{request.url.scheme}://{request.url.netloc}{forwarded_prefix(request.headers)}"
 
 
 def methods_at(path: str, endpoints: Iterable[Endpoint]) -> list[str]:

@@ -63,16 +63,15 @@ async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList | 
     return page_of(ReceiptList, [_listed(row) for row in rows], query.limit)
 
 
-async def list_lines(request: Request, query: ReceiptQuery) -> tuple[list[ReceiptLine], bool]:
-    """A page of receipts as lines of a table, and whether there are more.  Raises InvalidBody,
-    Forbidden, NotFound."""
+async def list_lines(request: Request, query: ReceiptQuery) -> Page[ReceiptLine]:
+    """A page of receipts as lines of a table.  Raises InvalidBody, Forbidden, NotFound."""
     rows = await requests.list_receipts(
         box_of(request).database,
         after=query.after or None,
         limit=query.limit + 1,
         **await _selection(request, query),
     )
-    return [receipt_table.line_of(row) for row in rows[: query.limit]], len(rows) > query.limit
+    return page_of(Page, [receipt_table.line_of(row) for row in rows], query.limit)
 
 
 async def _selection(request: Request, query: ReceiptQuery) -> dict[str, Any]:

@@ -294,9 +294,4 @@ class RunningAnswers:
 
     async def shut_down(self) -> None:
         """Wait until the ends of answers that were stopped are on disk."""
-        if not self._tasks:
-            return
-        _, left = await asyncio.wait(self._tasks, timeout=_SHUTDOWN_SECONDS)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await self._tasks.finish(_SHUTDOWN_SECONDS)

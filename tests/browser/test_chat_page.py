@@ -12,9 +12,9 @@ import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser.conftest import OpenWindow
-from tests.support.browser import Window
+from tests.support.browser import Window, log_in, log_out, page_loaded
 from tests.support.fake_model import FAKE
-from tests.support.pages import PASSWORD, logged_in, make_account
+from tests.support.pages import logged_in, make_account
 from tests.support.process_box import UNDRAFTED, Box, StartBox
 from tests.support.tiny_vision import image, put
 
@@ -97,17 +97,11 @@ def test_a_second_session_knows_a_fact_of_the_first(
     new_chat(page, CLEVER)
     complete(say(page, "Remember that my favourite colour is teal."))
     expect(page.get_by_test_id("remembered")).to_be_visible()
-    page.goto("/logout")
-    page.get_by_role("button", name="Log out").click()
-    expect(page).to_have_url(re.compile("/login"))
+    log_out(window)
 
     second = open_window(window.url)
     page = second.page
-    page.goto("/login?next=/chat")
-    page.get_by_label("Name").fill("a-second-session-knows-a-fact-of-the-first")
-    page.get_by_label("Password").fill(PASSWORD)
-    page.get_by_role("button", name="Log in").click()
-    expect(page).to_have_url(f"{window.url}/chat")
+    log_in(second, "a-second-session-knows-a-fact-of-the-first", to="/chat")
     page.get_by_test_id("model").select_option(CLEVER)
     answer = complete(say(page, "Which colour do I like?"))
     expect(answer.locator("strong")).to_have_text("teal")
@@ -198,7 +192,8 @@ def test_a_recovery_key_is_offered_in_the_first_empty_chat(window: Window) -> No
     new_chat(page, CLEVER)
     offer = page.get_by_test_id("recovery-offer")
     expect(offer).to_be_visible()
-    offer.get_by_role("link", name="Make one").click()
+    with page_loaded(page):
+        offer.get_by_role("link", name="Make one").click()
     expect(page.locator("#make-recovery-key")).to_be_visible()
     page.keyboard.press("Escape")
     new_chat(page, CLEVER)

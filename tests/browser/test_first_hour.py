@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import OpenWindow
-from tests.support.browser import INSECURE_HOST, Window
+from tests.support.browser import INSECURE_HOST, log_in, log_out, page_loaded
 from tests.support.pages import PASSWORD, make_owner
 from tests.support.process_box import MODEL
 from tests.support.terminal import Terminal
@@ -62,14 +62,6 @@ def owner(started: Started) -> None:
         other_thread.submit(make_owner, started.home).result()
 
 
-def log_in(window: Window) -> None:
-    window.page.goto("/login")
-    window.page.get_by_label("Name").fill("owner")
-    window.page.get_by_label("Password").fill(PASSWORD)
-    window.page.get_by_role("button", name="Log in").click()
-    expect(window.page).to_have_url(re.compile("/dashboard"))
-
-
 def create_key(page: Page, name: str) -> str:
     """On the page of API keys; its secret."""
     page.goto("/keys")
@@ -80,7 +72,8 @@ def create_key(page: Page, name: str) -> str:
     secret = page.locator("#secret-text")
     expect(secret).to_contain_text("sk-pnv-")
     text = secret.inner_text()
-    page.get_by_role("button", name="I have copied it").click()
+    with page_loaded(page):
+        page.get_by_role("button", name="I have copied it").click()
     expect(page.get_by_role("rowheader", name=name)).to_be_visible()
     assert text not in page.content()  # it is shown once
     return text
@@ -106,8 +99,8 @@ def test_from_the_link_to_the_first_verified_receipt(
     page.goto(started.link)
     page.get_by_label("New password").fill(PASSWORD)
     page.get_by_label("The same again").fill(PASSWORD)
-    page.get_by_role("button", name="Set the password").click()
-    expect(page).to_have_url(re.compile("/dashboard"))
+    with page_loaded(page, "/dashboard"):
+        page.get_by_role("button", name="Set the password").click()
 
     dashboard = window.context.new_page()
     dashboard.goto("/dashboard")
@@ -118,8 +111,8 @@ def test_from_the_link_to_the_first_verified_receipt(
 
         row = dashboard.get_by_role("row", name=MODEL).filter(has_text="the first program")
         expect(row.first).to_be_visible()  # it came by itself
-        row.first.get_by_role("link").click()
-        expect(dashboard).to_have_url(f"{started.url}/explorer/r/{request_id}")
+        with page_loaded(dashboard, f"/explorer/r/{request_id}"):
+            row.first.get_by_role("link").click()
         expect(dashboard.locator("#result .verdict.ok")).to_contain_text("checks hold")
         assert dashboard.locator("#result li.bad").count() == 0
 
@@ -131,14 +124,13 @@ def test_from_the_link_to_the_first_verified_receipt(
         page.goto("/keys")
         mine = page.get_by_role("row").filter(has_text="the first program")
         mine.get_by_role("button", name="Revoke").click()
-        page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+        with page_loaded(page):
+            page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
         expect(page.get_by_text("1 revoked or expired")).to_be_visible()
         with pytest.raises(openai.AuthenticationError):
             ask(client)
 
-    page.goto("/logout")
-    page.get_by_role("button", name="Log out").click()
-    expect(page).to_have_url(f"{started.url}/login")
+    log_out(window)
     assert not window.context.cookies()
     page.goto("/dashboard")
     expect(page).to_have_url(re.compile("/login"))
@@ -170,7 +162,7 @@ def test_one_changed_byte_turns_a_receipt_red(
     url = started.url.replace("127.0.0.1", host)
     window = open_window(url)
     page = window.page
-    log_in(window)
+    log_in(window, "owner", to="/dashboard")
     page.goto(f"/explorer/r/{request_id}")
     assert page.evaluate("() => crypto.subtle === undefined") == (host == INSECURE_HOST)
     expect(page.locator("#result .verdict.ok")).to_be_visible()
@@ -194,7 +186,7 @@ def test_a_receipt_that_somebody_has_is_verified_from_its_file(
 ) -> None:
     window = open_window(started.url)
     page = window.page
-    log_in(window)
+    log_in(window, "owner", to="/dashboard")
     page.goto(f"/explorer/r/{request_id}")
     with page.expect_download() as download:
         page.get_by_role("link", name="Download the receipt").click()

@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 
 from pinaivu_box.server.sessions import COOKIE
 from tests.browser.conftest import OpenWindow
-from tests.support.browser import INSECURE_HOST, Window
+from tests.support.browser import INSECURE_HOST, Window, log_in, log_out, page_loaded
 from tests.support.pages import PASSWORD, logged_in, make_account
 from tests.support.process_box import Box
 
@@ -47,14 +47,6 @@ def account(box: Box, name: str) -> None:
         other_thread.submit(make_account, box.home, name).result()
 
 
-def log_in(window: Window, name: str, password: str = PASSWORD) -> None:
-    window.page.goto("/login?next=/keys")
-    window.page.get_by_label("Name").fill(name)
-    window.page.get_by_label("Password").fill(password)
-    window.page.get_by_role("button", name="Log in").click()
-    expect(window.page).to_have_url(f"{window.url}/keys")
-
-
 def cookie_of(window: Window) -> str:
     """The session's."""
     return next(one["value"] for one in window.context.cookies() if one["name"] == COOKIE)
@@ -67,7 +59,7 @@ def test_a_page_of_another_site_changes_nothing(
 ) -> None:
     account(fake_box, "visitor-of-sites")
     window = open_window(fake_box.url)
-    log_in(window, "visitor-of-sites")
+    log_in(window, "visitor-of-sites", to="/keys")
     window.allow("another host", "status of 4", "CORS", "ERR_FAILED")
     keys = f"{fake_box.url}/v1/account/keys"
     html = f"""<iframe name=there></iframe><form method=post action="{keys}" target=there
@@ -107,7 +99,7 @@ def test_no_page_is_shown_in_a_frame_of_another_site(
 def test_a_change_without_the_csrf_token_is_refused(fake_box: Box, open_window: OpenWindow) -> None:
     account(fake_box, "without-token")
     window = open_window(fake_box.url)
-    log_in(window, "without-token")
+    log_in(window, "without-token", to="/keys")
     window.allow("status of 403")
     page = window.page
     page.evaluate("() => { document.querySelector('meta[name=csrf-token]').content = 'wrong'; }")
@@ -125,10 +117,8 @@ def test_a_cookie_from_before_the_login_is_worth_nothing_after_it(
     with logged_in(fake_box.url, "mallory") as session:
         planted = session.cookies[COOKIE]
     window.use_cookies({COOKIE: planted})
-    window.page.goto("/logout")  # whoever finds herself in there
-    window.page.get_by_role("button", name="Log out").click()
-    expect(window.page).to_have_url(re.compile("/login"))
-    log_in(window, "alice")
+    log_out(window)  # whoever finds herself in there
+    log_in(window, "alice", to="/keys")
     assert cookie_of(window) != planted
 
     attacker = open_window(fake_box.url)
@@ -142,7 +132,7 @@ def test_a_stolen_session_ends_when_the_password_changes(
 ) -> None:
     account(fake_box, "bob")
     window, thief = open_window(fake_box.url), open_window(fake_box.url)
-    log_in(window, "bob")
+    log_in(window, "bob", to="/keys")
     thief.use_cookies({COOKIE: cookie_of(window)})
     thief.page.goto("/keys")
     expect(thief.page.get_by_role("heading", name="API Keys", exact=True)).to_be_visible()
@@ -152,7 +142,7 @@ def test_a_stolen_session_ends_when_the_password_changes(
     page.get_by_label("Present password").fill(PASSWORD)
     page.get_by_label("New password").fill("another horse battery")
     page.get_by_label("The same again").fill("another horse battery")
-    with page.expect_navigation():
+    with page_loaded(page):
         page.get_by_role("button", name="Change the password").click()
     page.goto("/keys")
     expect(page.get_by_role("heading", name="API Keys", exact=True)).to_be_visible()
@@ -168,7 +158,7 @@ def test_a_conversation_of_another_account_is_not_there(
     with logged_in(fake_box.url, "carol") as carol:
         made = carol.post("/v1/conversations", json={"title": "Carol's secret"})
     window = open_window(fake_box.url)
-    log_in(window, "dave")
+    log_in(window, "dave", to="/keys")
     window.allow("status of 404")
     window.page.goto(f"/chat/{made.json()['id']}")
     expect(window.page.get_by_test_id("notice")).to_be_visible()

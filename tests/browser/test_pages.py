@@ -13,7 +13,7 @@ from playwright.sync_api import Page, Route, expect
 from pinaivu_box.server.pages.routes import PAGES
 from tests.browser.conftest import SCREENSHOTS, OpenWindow
 from tests.support.axe import serious_violations
-from tests.support.browser import what_is_too_wide
+from tests.support.browser import page_loaded, what_is_too_wide
 from tests.support.fake_model import FAKE
 from tests.support.process_box import StartBox
 from tests.support.seeded_box import (
@@ -195,7 +195,8 @@ def test_a_key_is_made_without_a_mouse(seeded: SeededBox, open_window: OpenWindo
     page.keyboard.type("made by keys")
     page.keyboard.press("Enter")
     expect(page.locator("#secret-text")).to_contain_text("sk-pnv-")
-    page.keyboard.press("Escape")
+    with page_loaded(page):
+        page.keyboard.press("Escape")
     expect(page.get_by_role("rowheader", name="made by keys")).to_be_visible()
 
 
@@ -386,7 +387,8 @@ def test_a_key_of_one_s_own_is_held_to_models_scopes_and_a_day(
     look_at(page, "/keys/create")
     dialog.get_by_role("button", name="Create").click()
     expect(page.locator("#secret-text")).to_contain_text("sk-pnv-")
-    page.keyboard.press("Escape")
+    with page_loaded(page):
+        page.keyboard.press("Escape")
     row = page.get_by_role("row", name="narrow")
     expect(row).to_contain_text("inference, receipts")
     expect(row).to_contain_text(f"only {FAKE}, scripted:*")
@@ -396,7 +398,8 @@ def test_a_key_of_one_s_own_is_held_to_models_scopes_and_a_day(
     dialog.get_by_label("Models").fill("")
     dialog.get_by_label("local-only").check()
     dialog.get_by_label("Expires").fill("2099-12-31")
-    dialog.get_by_role("button", name="Save").click()
+    with page_loaded(page):
+        dialog.get_by_role("button", name="Save").click()
     expect(row).to_contain_text("local-only")
     expect(row).to_contain_text("2099")
     expect(row).not_to_contain_text("only fake")

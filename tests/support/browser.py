@@ -21,6 +21,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
+from tests.support.pages import PASSWORD
+
 SECONDS = 180.0  # against hanging; never a claim about speed
 # Hosts of tests, where the browser would otherwise ask a name server.  An origin by such a name and
 # without TLS is not secure, so WebCrypto is missing there.
@@ -115,6 +117,31 @@ class Window:
     def _note_failure(self, request: Request) -> None:
         if request.failure != _ABORTED:
             self._noted.append(f"request failed: {request.url} {request.failure}")
+
+
+@contextmanager
+def page_loaded(page: Page, url: str | None = None) -> Iterator[None]:
+    """For an action that leads to another page, or loads this one again: waits until that page is
+    loaded, when its scripts listen to its buttons.  (`expect(page).to_have_url` holds before that.)
+    `url` is its address or path."""
+    with page.expect_navigation(url=url, wait_until="load"):
+        yield
+
+
+def log_in(window: Window, name: str, password: str = PASSWORD, *, to: str) -> None:
+    """Fill in the form of /login, and come to this path."""
+    page = window.page
+    page.goto(f"/login?next={to}")
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(password)
+    with page_loaded(page, to):
+        page.get_by_role("button", name="Log in").click()
+
+
+def log_out(window: Window) -> None:
+    window.page.goto("/logout")
+    with page_loaded(window.page, "/login"):
+        window.page.get_by_role("button", name="Log out").click()
 
 
 # Elements that reach out of the window to the right, unless something around them scrolls or clips.

@@ -29,7 +29,7 @@ def content_of(text: str) -> tuple[str | list[dict[str, Any]], list[Path]]:
     files: list[Path] = []
 
     def take(match: re.Match[str]) -> str:
-        path = _path(match)
+        path = _file(match["quoted"] or re.sub(r"\\(.)", r"\1", match["plain"]))
         if path is None:
             return match[0]
         files.append(path)
@@ -46,10 +46,6 @@ def content_of(text: str) -> tuple[str | list[dict[str, Any]], list[Path]]:
 def begins_with_file(text: str) -> bool:
     """Whether the first word is the path of a file."""
     return _file(text.split()[0]) is not None
-
-
-def _path(match: re.Match[str]) -> Path | None:
-    return _file(match["quoted"] or re.sub(r"\\(.)", r"\1", match["plain"]))
 
 
 def _file(written: str) -> Path | None:

@@ -12,8 +12,8 @@ from starlette.responses import HTMLResponse
 
 from pinaivu_box.server import admin_audit
 from pinaivu_box.server.admin_audit import AuditQuery
-from pinaivu_box.server.pages.admin_page import admin_page, filtered
-from pinaivu_box.server.pages.shown import query_of
+from pinaivu_box.server.pages.render import page
+from pinaivu_box.server.pages.shown import shown_list
 from pinaivu_box.server.sessions import require_admin
 from pinaivu_box.text import number
 
@@ -44,21 +44,17 @@ async def audit(request: Request, query: AuditPageQuery) -> HTMLResponse:
         action=query.action,
         target=query.target,
     )
-    listed, problem = await filtered(admin_audit.list_audit_entries(request, wanted))
-    entries = listed.data if listed else []
     names = ("actor", "action", "target", "since", "until")
-    same = {name: getattr(query, name) for name in names}
-    return admin_page(
+    filters = {name: getattr(query, name) for name in names}
+    listing = admin_audit.list_audit_entries(request, wanted)
+    return page(
         request,
-        "audit.html",
-        entries=entries,
+        "admin/audit.html",
+        listed=await shown_list(listing, filters, query.after),
         lines_of=lines_of,
-        problem=problem,
         query=query,
         actions=ACTIONS,
-        filtered=any(same.values()),
-        older=query_of(**same, after=entries[-1].id) if listed and listed.has_more else "",
-        newest=query_of(**same) or "?" if query.after else "",
+        filtered=any(filters.values()),
     )
 
 

@@ -26,7 +26,7 @@ from pinaivu_box.server.unlocked import chats_of
 
 # They load markdown-it and Pygments: imported by the first chat that is shown.
 if TYPE_CHECKING:
-    from pinaivu_box.server.pages.answer_html import AnswerHtml, Blocks
+    from pinaivu_box.server.pages.markdown import AnswerHtml, Blocks
 
 _MAX_RENDERED = 1_000_000  # characters of one conversation, its newest; older answers stay text
 _LONG = 10_000  # characters at once that the event loop does not render
@@ -88,7 +88,7 @@ def _rendered(stored: list[Message], leaf: str | None) -> list[ShownMessage]:
 
 
 async def follow_answer(request: Request, conversation_id: str, message_id: str) -> EventStream:
-    """The events of an answer from its beginning: `blocks` (see `answer_html.Blocks`) as often as a
+    """The events of an answer from its beginning: `blocks` (see `markdown.Blocks`) as often as a
     page can use them, and `finished` (see `AnswerFinished`).
 
     Raises Locked, RowNotFound, RateLimited.
@@ -107,7 +107,7 @@ async def follow_answer(request: Request, conversation_id: str, message_id: str)
 
 
 async def _events(running: RunningAnswer, watcher: asyncio.Task[None]) -> AsyncIterator[bytes]:
-    from pinaivu_box.server.pages.answer_html import AnswerHtml
+    from pinaivu_box.server.pages.markdown import AnswerHtml
 
     answer = AnswerHtml()
     with running.followed(watcher):
@@ -144,7 +144,7 @@ async def _ended(finished: AnswerFinished) -> AsyncIterator[bytes]:
 
 
 def _whole(message: Message) -> Blocks | None:
-    from pinaivu_box.server.pages.answer_html import AnswerHtml
+    from pinaivu_box.server.pages.markdown import AnswerHtml
 
     answer = AnswerHtml()
     answer.text(message.content)

@@ -9,7 +9,8 @@ would tell others who reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from html import escape
 from typing import Any
@@ -42,6 +43,9 @@ _UNDECIDED_LINE = re.compile(
     r"[ \t]*(?:[-=*_#>+~`|: \t]+|[0-9]{1,9}[.)]?[ \t]*|[-*+>][ \t]+\[[ xX]?\]?)"
 )
 _PLAIN_TEXT = re.compile(r"[^\n\[\]*_`~<>&!\\|#@/:]*")
+_MIN_SECONDS = 0.1  # between two updates
+_RENDERING_SHARE = 0.04  # of the time: an open block that takes long is rendered less often
+_BYTES_PER_SECOND = 250_000
 _TOO_LONG = '<p class="muted">The rest is not shown: the text is too long for a page.</p>'
 
 
@@ -55,6 +59,12 @@ class Update(Struct, frozen=True, omit_defaults=True):
 
     def __bool__(self) -> bool:
         return bool(self.done or self.open is not None or self.append)
+
+
+class Blocks(Update, frozen=True, omit_defaults=True):
+    """What a page changes of an answer.  `thoughts`: plain text to append to the thoughts."""
+
+    thoughts: str = ""
 
 
 class BlockRenderer:
@@ -155,6 +165,45 @@ class BlockRenderer:
         return _render(Block(_closed(text))), ""
 
 
+class AnswerHtml:
+    """Takes the text of one answer and gives updates, not more often than a page can use them."""
+
+    def __init__(self) -> None:
+        self._text = BlockRenderer()
+        self._thoughts: list[str] = []
+        self._next = 0.0
+
+    def text(self, piece: str) -> None:
+        self._text.feed(piece)
+
+    def thoughts(self, piece: str) -> None:
+        self._thoughts.append(piece)
+
+    def wait_seconds(self) -> float:
+        """Until the next update is due; 0 if it is."""
+        return max(0.0, self._next - time.monotonic())
+
+    def update(self) -> Blocks | None:
+        """What has changed, or None if nothing has."""
+        began = time.monotonic()
+        blocks = self._blocks(self._text.update())
+        ended = time.monotonic()
+        sent = len(blocks.open or "") if blocks else 0
+        pause = max(_MIN_SECONDS, (ended - began) / _RENDERING_SHARE, sent / _BYTES_PER_SECOND)
+        self._next = ended + min(pause, 5.0)
+        return blocks
+
+    def finish(self) -> Blocks | None:
+        """The last change."""
+        return self._blocks(self._text.finish())
+
+    def _blocks(self, update: Update) -> Blocks | None:
+        thoughts, self._thoughts = "".join(self._thoughts), []
+        if not update and not thoughts:
+            return None
+        return Blocks(update.done, update.open, update.append, thoughts)
+
+
 def render(text: str) -> str:
     """A whole text.  Takes about 2 ms for a page of prose, longer for code."""
     renderer = BlockRenderer()
@@ -199,20 +248,6 @@ class _Renderer(RendererHTML):
             return visible_in_prose(escape(content))
         return _with_links(content)
 
-    def code_inline(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f"<code>{plain(tokens[idx].content)}</code>"
-
-    def code_block(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return _code(tokens[idx].content, "")
-
-    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        token = tokens[idx]
-        return _code(token.content, (token.info.split() or [""])[0])
-
     def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]
         alt = token.content or "image"
@@ -222,47 +257,10 @@ class _Renderer(RendererHTML):
             return f'<span class="image">{visible_in_prose(escape(shown))}</span>'
         return _link(address, shown, ' class="image"')
 
-    def link_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        address = str(tokens[idx].attrs.get("href", ""))
-        return f'<a href="{escape(address)}" rel="{_REL}" target="_blank">'
 
-    def heading_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f'<{_heading(tokens[idx])} dir="auto">'
-
-    def heading_close(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return f"</{_heading(tokens[idx])}>\n"
-
-    def paragraph_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return "" if tokens[idx].hidden else '<p dir="auto">'
-
-    def list_item_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return '<li dir="auto">'
-
-    def table_open(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return '<div class="table" tabindex="0"><table>\n'
-
-    def table_close(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
-        return "</table></div>\n"
-
-    def th_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return _cell(tokens[idx])
-
-    def td_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return _cell(tokens[idx])
+def _without_context(rule: Callable[[Token], str]) -> Callable[..., str]:
+    """The rule as a method of the renderer."""
+    return lambda _renderer, tokens, idx, *_: rule(tokens[idx])
 
 
 @cache
@@ -272,6 +270,8 @@ def _parser() -> MarkdownIt:
         {"html": False, "linkify": False, "maxNesting": _MAX_NESTING},
         renderer_cls=_Renderer,
     )
+    for name, rule in _RULES.items():
+        parser.add_render_rule(name, _without_context(rule))
     parser.enable(["table", "strikethrough"])
     # Definitions of links would have to be known before the blocks that use them.
     parser.disable(["reference", "html_block", "html_inline"])
@@ -323,3 +323,25 @@ def _cell(token: Token) -> str:
     align = str(style).removeprefix("text-align:")
     kind = f' class="{align}"' if align in ("left", "right", "center") else ""
     return f'<{token.tag}{kind} dir="auto">'
+
+
+def _link_open(token: Token) -> str:
+    address = str(token.attrs.get("href", ""))
+    return f'<a href="{escape(address)}" rel="{_REL}" target="_blank">'
+
+
+# How tokens that need no context are written, by their types.
+_RULES: dict[str, Callable[[Token], str]] = {
+    "code_inline": lambda token: f"<code>{plain(token.content)}</code>",
+    "code_block": lambda token: _code(token.content, ""),
+    "fence": lambda token: _code(token.content, (token.info.split() or [""])[0]),
+    "link_open": _link_open,
+    "heading_open": lambda token: f'<{_heading(token)} dir="auto">',
+    "heading_close": lambda token: f"</{_heading(token)}>\n",
+    "paragraph_open": lambda token: "" if token.hidden else '<p dir="auto">',
+    "list_item_open": lambda _: '<li dir="auto">',
+    "table_open": lambda _: '<div class="table" tabindex="0"><table>\n',
+    "table_close": lambda _: "</table></div>\n",
+    "th_open": _cell,
+    "td_open": _cell,
+}

@@ -1,4 +1,4 @@
-"""What an account sees of itself: `/usage`, `/keys` and `/receipts`."""
+"""What an account sees of itself: `/account`, `/usage`, `/keys`, `/receipts`, `/playground`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from pinaivu_box.server.context import box_of
 from pinaivu_box.server.pages.dashboard import charts_of, overview_of, period_of
 from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.pages.shown import query_of
-from pinaivu_box.server.paths import forwarded_prefix
+from pinaivu_box.server.paths import server_address
+from pinaivu_box.server.sealed_data import get_sealed
 from pinaivu_box.server.sessions import BrowserSession, require_login
 from pinaivu_box.server.usage import key_id
 from pinaivu_box.store import keys as stored_keys
-from pinaivu_box.store import requests
+from pinaivu_box.store import requests, sessions
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import ListedReceipt
 from pinaivu_box.store.times import now_ms, time_text
@@ -32,6 +33,25 @@ from pinaivu_box.store.times import now_ms, time_text
 _MAX_KEYS = 1000  # of an account that are looked at
 _MAX_LIMITED = 50  # keys whose limits are shown
 _KEYS, _RECEIPTS = 25, 50  # on a page
+# In this order: most browsers say that they are others too.
+_BROWSERS = (
+    ("Edg", "Edge"),
+    ("OPR/", "Opera"),
+    ("Firefox/", "Firefox"),
+    ("Chrome/", "Chrome"),
+    ("CriOS/", "Chrome"),
+    ("Safari/", "Safari"),
+)
+_SYSTEMS = (
+    ("Android", "Android"),
+    ("iPhone", "iPhone"),
+    ("iPad", "iPad"),
+    ("Windows", "Windows"),
+    ("Mac OS", "macOS"),
+    ("CrOS", "ChromeOS"),
+    ("Linux", "Linux"),
+)
+_MAX_SHOWN = 40
 
 
 class OwnKeysQuery(Struct, frozen=True):
@@ -57,6 +77,29 @@ def _require(request: Request, scope: Scope) -> BrowserSession:
             "not have: ask an admin."
         )
     return session
+
+
+async def account(request: Request) -> Response:
+    """Raises LoginNeeded."""
+    own = require_login(request)
+    found = await sessions.ls(box_of(request).database, own.account.id)
+    return page(
+        request,
+        "account.html",
+        own_session=own.session.id,
+        sessions=found,
+        browsers={one.id: browser_name(one.user_agent) for one in found},
+        seals=await get_sealed(request),
+    )
+
+
+def browser_name(user_agent: str) -> str:
+    """A browser and its system in a few words; what it says of itself, where it is unknown."""
+    browser = next((name for mark, name in _BROWSERS if mark in user_agent), "")
+    system = next((name for mark, name in _SYSTEMS if mark in user_agent), "")
+    if not browser:
+        return user_agent[:_MAX_SHOWN] or "unknown"
+    return f"{browser} on {system}" if system else browser
 
 
 async def usage(request: Request) -> Response:
@@ -134,9 +177,11 @@ async def receipts(request: Request, query: ReceiptFilter) -> Response:
     )
 
 
-def server_address(request: Request) -> str:
-    """Where clients reach this box, as the browser did: `http://box:4001`."""
-    return f"{request.url.scheme}://{request.url.netloc}{forwarded_prefix(request.headers)}"
+async def playground(request: Request) -> Response:
+    """A request to a model, with all that comes back.  Raises LoginNeeded."""
+    session, box = require_login(request), box_of(request)
+    aliases = [alias for alias, _ in box.admission.aliases(session.key.policy)]
+    return page(request, "playground.html", models=_models(box, session.key) + aliases)
 
 
 def _models(box: Box, key: Key) -> list[str]:

@@ -15,6 +15,7 @@ from pinaivu_box import __version__
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.pages.charts import share
 from pinaivu_box.server.pages.filters import FILTERS
+from pinaivu_box.server.pages.shown import FUNCTIONS
 from pinaivu_box.server.paths import forwarded_prefix
 from pinaivu_box.server.sessions import session_of
 from pinaivu_box.text import END
@@ -49,7 +50,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
-    environment.globals["share"] = share
+    environment.globals.update(FUNCTIONS, share=share)
     return environment
 
 

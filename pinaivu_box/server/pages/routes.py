@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.pages import (
-    account,
+    admin,
+    admin_audit,
+    chat,
     dashboard,
     explorer,
     login,
@@ -17,8 +19,16 @@ from pinaivu_box.server.pages import (
     sign_on,
     static,
 )
-from pinaivu_box.server.pages.admin_routes import ADMIN_PAGES
-from pinaivu_box.server.pages.chat_routes import CHAT_PAGES
+from pinaivu_box.text import END
+
+
+class ConversationPage(Endpoint):
+    """Below /chat, but not /chat/completions: programs with a wrong base URL ask for that, and have
+    to hear what is right."""
+
+    def _pattern(self) -> str:
+        return super()._pattern().replace("/chat/", f"/chat/(?!completions{END})")
+
 
 # fmt: off
 PAGES: tuple[Endpoint, ...] = (
@@ -40,9 +50,22 @@ PAGES: tuple[Endpoint, ...] = (
     Endpoint("GET", "/keys", "page", own.keys),
     Endpoint("GET", "/receipts", "page", own.receipts),
     Endpoint("GET", "/signup", "page", login.signup),
-    Endpoint("GET", "/account", "page", account.account),
+    Endpoint("GET", "/account", "page", own.account),
     Endpoint("GET", "/static/{name:path}", "public", static.static_file),
-    *ADMIN_PAGES,
-    *CHAT_PAGES,
+    Endpoint("GET", "/admin/engines", "page", admin.engines),
+    Endpoint("GET", "/admin/models", "page", admin.models),
+    Endpoint("GET", "/admin/models/show", "page", admin.model),
+    Endpoint("GET", "/admin/keys", "page", admin.keys),
+    Endpoint("GET", "/admin/accounts", "page", admin.accounts),
+    Endpoint("GET", "/admin/peers", "page", admin.peers),
+    Endpoint("GET", "/admin/audit", "page", admin_audit.audit),
+    Endpoint("GET", "/admin/receipts", "page", admin.receipts),
+    Endpoint("GET", "/playground", "page", own.playground),
+    Endpoint("GET", "/chat", "page", chat.chat),
+    Endpoint("GET", "/memories", "page", chat.memories),
+    ConversationPage("GET", "/chat/{conversation_id}", "page", chat.conversation),
+    ConversationPage("GET", "/chat/{conversation_id}/messages", "account", chat.messages),
+    ConversationPage("GET", "/chat/{conversation_id}/answers/{message_id}", "account",
+                     chat.follow_answer),
 )
 # fmt: on

@@ -1,12 +1,15 @@
-"""How the pages for admins write sizes and durations, and what they hand to scripts."""
+"""How pages write sizes and durations, their lists, and what they hand to scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import msgspec
+
+from pinaivu_box.admin.lists import Page
+from pinaivu_box.errors import ApiError, StoreError
 
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _DURATIONS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
@@ -44,6 +47,32 @@ def query_of(**parameters: str | int | None) -> str:
     """`?a=1&b=2` of those that are given; "" if none is."""
     given = {name: value for name, value in parameters.items() if value not in (None, "")}
     return f"?{urlencode(given)}" if given else ""
+
+
+class ShownList(NamedTuple):
+    """A page of a list.  `problem`: why there is none for its filters; `older` and `newest` are the
+    queries of other pages, "" where there are none."""
+
+    entries: Sequence[Any]
+    problem: str
+    older: str
+    newest: str
+
+
+async def shown_list(
+    listing: Awaitable[Page[Any]], filters: Mapping[str, str], after: str, last: str = "id"
+) -> ShownList:
+    """The page of a list that comes after the entry `after`; `last` is what an entry is called.
+
+    Its filters may hold a name that is not known, or as a date what is none.
+    """
+    try:
+        page, problem = await listing, ""
+    except (ApiError, StoreError) as error:
+        page, problem = Page([], has_more=False), error.message
+    older = query_of(**filters, after=getattr(page.data[-1], last)) if page.has_more else ""
+    newest = query_of(**filters) or "?" if after else ""
+    return ShownList(page.data, problem, older, newest)
 
 
 FUNCTIONS: Mapping[str, Any] = {

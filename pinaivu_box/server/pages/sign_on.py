@@ -21,7 +21,7 @@ from pinaivu_box.login.oidc import Person
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.logins import check_encrypted, forget_ended, landing, new_session
 from pinaivu_box.server.pages.render import HEADERS, page
-from pinaivu_box.server.paths import forwarded_prefix
+from pinaivu_box.server.paths import forwarded_prefix, server_address
 from pinaivu_box.server.sessions import address_of, check_origin, own_path, set_cookie
 from pinaivu_box.store import account_identities, accounts, login_links, sessions
 from pinaivu_box.store.accounts import Account
@@ -46,9 +46,8 @@ async def begin(request: Request) -> Response:
         check_encrypted(request)
         if link:  # it changes whose account this is: another site's page may not lead here
             check_origin("POST", request.headers)
-        url, cookie = await box_of(request).sign_on.begin(
-            provider, _redirect_uri(request), wanted, link
-        )
+        redirect_uri = f"{server_address(request)}{CALLBACK}"
+        url, cookie = await box_of(request).sign_on.begin(provider, redirect_uri, wanted, link)
     except ApiError as error:
         return _failed(request, provider, error)
     response = RedirectResponse(url, 303, _HEADERS)
@@ -88,11 +87,6 @@ def _provider(request: Request) -> Provider:
     if provider is None:
         raise NotFound("This box has no single sign-on: log in with a password.")
     return provider
-
-
-def _redirect_uri(request: Request) -> str:
-    prefix = forwarded_prefix(request.headers)
-    return f"{request.url.scheme}://{request.url.netloc}{prefix}{CALLBACK}"
 
 
 def _set_cookie(request: Request, response: Response, value: str, seconds: int) -> None:

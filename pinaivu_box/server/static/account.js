@@ -1,12 +1,10 @@
 // The forms and buttons of /account.
-import { call, confirmed, onSubmit, showDialog, toast } from "./page.js";
+import { byId, call, checkAgain, confirmed, onSubmit, showDialog, sure, toast } from "./page.js";
 
 const password = document.querySelector("[data-password]");
 if (password) {
   onSubmit(password, async (values) => {
-    if (values.again !== values.new) {
-      throw Object.assign(new Error("The two passwords differ."), { param: "again" });
-    }
+    checkAgain(values.new, values.again);
     await call("POST", "/v1/account/password", { current: values.current, new: values.new });
     location.reload(); // for the new CSRF token
   });
@@ -38,10 +36,10 @@ function onClick(selector, work) {
 
 onClick("[data-end]", async (button) => {
   const id = button.dataset.end;
-  const sure = await confirmed(id
-    ? { title: "End this session?", text: "The browser has to log in again.", action: "End" }
-    : { title: "End all other sessions?", text: "All other browsers have to log in again.", action: "End all others" });
-  if (!sure) return;
+  const question = id
+    ? ["End this session?", "The browser has to log in again.", "End"]
+    : ["End all other sessions?", "All other browsers have to log in again.", "End all others"];
+  if (!(await confirmed(...question))) return;
   await call("DELETE", `/v1/account/sessions${id ? `/${encodeURIComponent(id)}` : ""}`);
   location.reload();
 });
@@ -50,27 +48,22 @@ const recovery = document.querySelector("[data-recovery]");
 if (recovery) onSubmit(recovery, async ({ secret }) => {
   const { recovery_key: key } = await call("POST", "/v1/account/recovery-key", { secret });
   recovery.closest("dialog").close();
-  document.getElementById("recovery-key-text").textContent = key;
-  await showDialog(document.getElementById("recovery-key"));
-  document.getElementById("recovery-key-text").textContent = "";
+  byId("recovery-key-text").textContent = key;
+  await showDialog(byId("recovery-key"));
+  byId("recovery-key-text").textContent = "";
   location.reload();
 });
 
 // The chat's offer of a recovery key leads to its dialog.
-const named = document.getElementById(location.hash.slice(1));
+const named = byId(location.hash.slice(1));
 if (named?.matches("dialog")) {
   history.replaceState(null, "", location.pathname); // or it would open again
   showDialog(named);
 }
 
 onClick("[data-anew]", async () => {
-  const sure = await confirmed({
-    title: "Delete your locked chats?",
-    text: "Your chats and memories are deleted for good, and you start with none.",
-    action: "Delete them",
-    danger: true,
-  });
-  if (!sure) return;
+  const text = "Your chats and memories are deleted for good, and you start with none.";
+  if (!(await sure("Delete your locked chats?", text, "Delete them"))) return;
   await call("POST", "/v1/account/start-anew", { delete_everything: true });
   location.reload();
 });

@@ -5,14 +5,12 @@
 // holds, as JSON, what it is about.  An element with data-region and an id is replaced by the
 // server's newest version of it with `refresh`.
 
-import { confirmed, localTimes, number, onSubmit, toast } from "./page.js";
-
-const byId = (id) => document.getElementById(id);
+import { byId, localTimes, number, onSubmit, toast } from "./page.js";
 
 const actions = new Map();
 
 /** What the nearest data-item around an element is about. */
-export function itemOf(node) {
+function itemOf(node) {
   return JSON.parse(node.closest("[data-item]")?.dataset.item ?? "{}");
 }
 
@@ -34,9 +32,6 @@ document.addEventListener("click", async (event) => {
     button.removeAttribute("aria-busy");
   }
 });
-
-/** Ask before something is done that cannot be undone. */
-export const sure = (title, text, action) => confirmed({ title, text, action, danger: true });
 
 let opener = null; // of the dialogs that are open: one may open another
 

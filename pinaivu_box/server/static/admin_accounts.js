@@ -1,9 +1,8 @@
 // The page of accounts.
 
-import { on, onSent, open, refresh, sure } from "./admin.js";
-import { call, localTime, toast } from "./page.js";
+import { on, onSent, open, refresh } from "./admin.js";
+import { byId, call, showTime, sure, toast } from "./page.js";
 
-const byId = (id) => document.getElementById(id);
 const pathOf = (id) => `/v1/admin/accounts/${encodeURIComponent(id)}`;
 
 on("create", () => open("create-dialog"));
@@ -33,9 +32,7 @@ function showLink(title, text, { url, expires_at }) {
   open("link-dialog", { about: title });
   byId("link-for").textContent = text;
   byId("link-text").textContent = url;
-  const until = byId("link-until");
-  until.dateTime = until.title = expires_at;
-  until.textContent = localTime(new Date(expires_at));
+  showTime(byId("link-until"), expires_at);
 }
 
 byId("link-dialog").addEventListener("close", () => byId("link-text").replaceChildren());

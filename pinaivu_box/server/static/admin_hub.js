@@ -1,24 +1,24 @@
 // Searching the Hugging Face Hub.  It is asked only when somebody presses the button for it.
 
 import { on, open } from "./admin.js";
-import { call, element, number, toast } from "./page.js";
+import { byId, call, cell, element, number, toast } from "./page.js";
 
-const panel = document.getElementById("hub");
+const panel = byId("hub");
 const billions = (count) => (count ? `${Number((count / 1e9).toPrecision(3))} B` : "-");
 
 on("hub", async () => {
-  const words = document.getElementById("words").value.trim();
+  const words = byId("words").value.trim();
   if (!words) {
-    document.getElementById("words").focus();
+    byId("words").focus();
     return toast("Write some words of a name first.", "bad");
   }
   const found = await call("GET", `/v1/admin/models/hub?q=${encodeURIComponent(words)}`);
-  document.getElementById("hub-words").textContent = words;
-  document.getElementById("hub-empty").hidden = found.data.length > 0;
+  byId("hub-words").textContent = words;
+  byId("hub-empty").hidden = found.data.length > 0;
   panel.querySelector(".scroll").hidden = found.data.length === 0;
   panel.querySelector("tbody").replaceChildren(...found.data.map(row));
   panel.hidden = false;
-  document.getElementById("hub-title").focus();
+  byId("hub-title").focus();
 });
 
 // Which of its quantisations it shall be can still be said.
@@ -50,8 +50,4 @@ function row(model) {
     )),
     element("td", { class: "actions" }, pull),
   );
-}
-
-function cell(label, content, css = null) {
-  return element("td", { "data-label": label, class: css }, content);
 }

@@ -2,9 +2,8 @@
 
 import { counted, on, onSent, open, refresh, textOf } from "./admin.js";
 import { expiryOf, fieldsOf, localText, policyOf } from "./key_settings.js";
-import { call, copyButton, element, toast } from "./page.js";
+import { byId, call, cell, copyButton, element, toast } from "./page.js";
 
-const byId = (id) => document.getElementById(id);
 const label = (key) => key.name || `${key.prefix}…${key.last_four}`;
 const pathOf = (id) => `/v1/admin/keys/${encodeURIComponent(id)}`;
 
@@ -46,10 +45,11 @@ function showSecrets(keys, failure = "") {
   const rows = keys.map((key) =>
     element(
       "tr", {},
-      element("td", { "data-label": "Name" }, element("bdi", {}, key.name || "no name")),
-      element("td", { "data-label": "Account" }, element("bdi", {}, key.account)),
-      element("td", { "data-label": "Secret" },
-        element("code", {}, key.key), copyButton(key.key, `the secret of ${label(key)}`)),
+      cell("Name", element("bdi", {}, key.name || "no name")),
+      cell("Account", element("bdi", {}, key.account)),
+      cell("Secret", [
+        element("code", {}, key.key), copyButton(key.key, `the secret of ${label(key)}`),
+      ]),
     ));
   byId("secrets").replaceChildren(...rows);
 }
@@ -60,7 +60,7 @@ byId("secrets-dialog").addEventListener("close", () => {
 });
 
 /** A cell of CSV; what a spreadsheet would run as a formula is text. */
-function cell(text) {
+function csvCell(text) {
   const isFormula = /^\s*[=+@\-\uff1d\uff0b\uff20\uff0d]|[\t\r\n]/.test(text);
   const safe = isFormula ? `'${text}` : text;
   return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
@@ -69,7 +69,7 @@ function cell(text) {
 on("csv", () => {
   const lines = shown.map((key) => [key.name, key.account, key.key]);
   const text = [["name", "account", "key"], ...lines]
-    .map((line) => `${line.map(cell).join(",")}\r\n`)
+    .map((line) => `${line.map(csvCell).join(",")}\r\n`)
     .join("");
   const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
   element("a", { href: url, download: "keys.csv" }).click();

@@ -1,12 +1,10 @@
 // The pages of models: the list, and one model.
 
-import { live, numberOf, on, onSent, open, refresh, sizeText, sure, textOf } from "./admin.js";
-import { address, call, element, number, toast } from "./page.js";
+import { live, numberOf, on, onSent, open, refresh, sizeText, textOf } from "./admin.js";
+import { address, byId, call, element, number, sure, toast } from "./page.js";
 import "./admin_hub.js";
 import "./admin_loaded.js";
 import "./admin_pulls.js";
-
-const byId = (id) => document.getElementById(id);
 
 on("load", async ({ model }) => {
   toast(`Loading ${model} …`);

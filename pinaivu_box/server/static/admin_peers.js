@@ -1,9 +1,8 @@
 // The page of peers.
 
-import { listOf, live, numberOf, on, onSent, open, refresh, sure, textOf } from "./admin.js";
-import { call, localTime, toast } from "./page.js";
+import { listOf, live, numberOf, on, onSent, open, refresh, textOf } from "./admin.js";
+import { byId, call, showTime, sure, toast } from "./page.js";
 
-const byId = (id) => document.getElementById(id);
 const pathOf = (id) => `/v1/admin/peers/${encodeURIComponent(id)}`;
 
 // Inviting
@@ -20,9 +19,7 @@ onSent("invite-dialog", async (fields) => {
   });
   open("ticket-dialog");
   byId("ticket-text").textContent = made.ticket;
-  const until = byId("ticket-until");
-  until.dateTime = until.title = made.expires_at;
-  until.textContent = localTime(new Date(made.expires_at));
+  showTime(byId("ticket-until"), made.expires_at);
   byId("ticket-qr").replaceChildren(drawingOf(made.qr));
   await refresh();
 });

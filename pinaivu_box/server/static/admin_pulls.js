@@ -1,9 +1,8 @@
 // Pulling a model, with its progress.  Whoever leaves the page stops the pull.
 
 import { on, onSent, open, refresh, sizeText, textOf } from "./admin.js";
-import { send } from "./page.js";
+import { byId, partsOf, send } from "./page.js";
 
-const byId = (id) => document.getElementById(id);
 const panel = byId("pull");
 const state = byId("pull-state");
 const bar = byId("pull-progress");
@@ -46,7 +45,7 @@ async function watch(response, signal) {
   let last = null;
   const progress = new Progress();
   try {
-    for await (const line of linesOf(response)) {
+    for await (const line of partsOf(response, "\n")) {
       last = JSON.parse(line);
       progress.show(last);
     }
@@ -66,19 +65,6 @@ async function watch(response, signal) {
   running = null;
   byId("pull-running").hidden = true;
   await refresh().catch(() => {});
-}
-
-/** The lines of a response as they come. */
-async function* linesOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    const parts = (rest + (value ?? "")).split("\n");
-    rest = done ? "" : parts.pop();
-    yield* parts.filter(Boolean);
-    if (done) return;
-  }
 }
 
 class Progress {

@@ -1,8 +1,7 @@
 // An answer while it comes: its text, or its tokens with their probabilities, and its figures.
 
-import { element, number } from "./page.js";
+import { byId, element, number } from "./page.js";
 
-const byId = (id) => document.getElementById(id);
 const FIGURES = ["ttft", "speed", "total", "prompt-tokens", "answer-tokens", "finish"];
 const LEVELS = [0.1, 0.3, 0.6, 0.9]; // bounds of what is shown in one colour
 

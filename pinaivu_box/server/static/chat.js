@@ -6,18 +6,16 @@ import { Conversation } from "./chat/conversation.js";
 import { flash } from "./chat/parts.js";
 import { ConversationList } from "./chat/list.js";
 import { Settings } from "./chat/settings.js";
-import { address, copy, onSubmit, toast } from "./page.js";
+import { address, byId, copy, onSubmit, toast } from "./page.js";
 
-const prefix = document.body.dataset.prefix ?? "";
-const at = (id) => document.getElementById(id);
-const page = at("chat");
-const text = at("message-text");
-const send = at("send");
-const stop = at("stop");
-const notice = at("notice");
+const page = byId("chat");
+const text = byId("message-text");
+const send = byId("send");
+const stop = byId("stop");
+const notice = byId("notice");
 const narrow = matchMedia("(max-width: 56rem)");
 
-const attachments = new Attachments(at("attachments"), (sentence) => say(sentence));
+const attachments = new Attachments(byId("attachments"), (sentence) => say(sentence));
 const settings = new Settings(api, {
   failed: show,
   model: (model) => {
@@ -26,7 +24,7 @@ const settings = new Settings(api, {
 });
 const conversation = new Conversation(
   api,
-  { log: at("log"), scroller: at("scroller"), toEnd: at("to-end") },
+  { log: byId("log"), scroller: byId("scroller"), toEnd: byId("to-end") },
   {
     failed: show,
     parameters: () => settings.parameters(),
@@ -34,7 +32,7 @@ const conversation = new Conversation(
       page.dataset.running = running ? "yes" : "no";
       send.hidden = running;
       stop.hidden = !running;
-      at("log").setAttribute("aria-busy", running ? "true" : "false");
+      byId("log").setAttribute("aria-busy", running ? "true" : "false");
     },
     changed: (data) => {
       list.touch(data);
@@ -83,11 +81,11 @@ function isLocked(error) {
 /** The key of the account's chats is only in memory: after a restart the box asks for the password. */
 function lock() {
   page.dataset.state = "locked";
-  const form = at("unlock");
+  const form = byId("unlock");
   form.elements.secret?.focus();
 }
 
-onSubmit(at("unlock"), async ({ secret }, form) => {
+onSubmit(byId("unlock"), async ({ secret }, form) => {
   await api.unlock(secret);
   form.reset();
   page.dataset.state = "open";
@@ -95,7 +93,7 @@ onSubmit(at("unlock"), async ({ secret }, form) => {
 });
 
 function showTitle(title) {
-  at("title").textContent = title || "New chat";
+  byId("title").textContent = title || "New chat";
   document.title = `${title || "Chat"} · ${page.dataset.box}`;
 }
 
@@ -183,10 +181,10 @@ function fit() {
 
 function drawer(open) {
   page.dataset.drawer = open ? "open" : "closed";
-  at("open-list").setAttribute("aria-expanded", open ? "true" : "false");
-  if (narrow.matches) at("chat-list").inert = !open;
-  else at("chat-list").inert = false;
-  if (open) at("search").focus();
+  byId("open-list").setAttribute("aria-expanded", open ? "true" : "false");
+  if (narrow.matches) byId("chat-list").inert = !open;
+  else byId("chat-list").inert = false;
+  if (open) byId("search").focus();
 }
 
 /** On a phone the keyboard covers the page: the composer stays above it. */
@@ -212,7 +210,7 @@ async function importFile(file) {
   }
 }
 
-const offer = at("recovery-offer"); // missing if it was answered before
+const offer = byId("recovery-offer"); // missing if it was answered before
 
 /** It is made once: whoever goes on without an answer has seen it. */
 function closeOffer() {
@@ -223,7 +221,7 @@ function closeOffer() {
 
 async function start() {
   await Promise.all([list.load(), settings.load()]);
-  const id = decodeURIComponent(location.pathname.slice(prefix.length).split("/")[2] ?? "");
+  const id = decodeURIComponent(location.pathname.slice(address("").length).split("/")[2] ?? "");
   await go(id || null, { push: false });
 }
 
@@ -233,7 +231,7 @@ text.addEventListener("keydown", (event) => {
   event.preventDefault();
   submit();
 });
-at("composer").addEventListener("submit", (event) => {
+byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   submit();
 });
@@ -242,23 +240,23 @@ document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
   if (page.dataset.drawer === "open") {
     drawer(false);
-    at("open-list").focus();
+    byId("open-list").focus();
   } else conversation.stop();
 });
-at("new-chat").addEventListener("click", (event) => {
+byId("new-chat").addEventListener("click", (event) => {
   event.preventDefault();
   go(null);
 });
-at("open-list").addEventListener("click", () => drawer(page.dataset.drawer !== "open"));
-at("shade").addEventListener("click", () => drawer(false));
-at("open-settings").addEventListener("click", () => settings.ask());
-at("attach").addEventListener("click", () => at("files").click());
-at("files").addEventListener("change", (event) => {
+byId("open-list").addEventListener("click", () => drawer(page.dataset.drawer !== "open"));
+byId("shade").addEventListener("click", () => drawer(false));
+byId("open-settings").addEventListener("click", () => settings.ask());
+byId("attach").addEventListener("click", () => byId("files").click());
+byId("files").addEventListener("change", (event) => {
   attachments.add([...event.target.files]);
   event.target.value = "";
 });
-at("import").addEventListener("click", () => at("import-file").click());
-at("import-file").addEventListener("change", (event) => {
+byId("import").addEventListener("click", () => byId("import-file").click());
+byId("import-file").addEventListener("change", (event) => {
   if (event.target.files[0]) importFile(event.target.files[0]);
   event.target.value = "";
 });
@@ -273,7 +271,7 @@ page.addEventListener("drop", (event) => {
   event.preventDefault();
   attachments.add([...event.dataTransfer.files]);
 });
-at("log").addEventListener("click", async (event) => {
+byId("log").addEventListener("click", async (event) => {
   const button = event.target.closest("[data-copy-code]");
   if (!button) return;
   if (await copy(button.closest(".code").querySelector("code").textContent)) flash(button, "Copied");

@@ -1,19 +1,17 @@
 // The dashboard: what runs now and what has ended, as they come; figures are read again when they
 // have changed.
 
-import { address, copyableId, element, follow, localTimes, number, timeElement } from "./page.js";
+import {
+  address, byId, cell, copyableId, element, follow, localTimes, number, timeElement,
+} from "./page.js";
 
 const MAX_ROWS = 20;
-const live = document.getElementById("live");
+const live = byId("live");
 const running = rowsOf("Running now");
 const finished = rowsOf("Finished lately");
 
 function rowsOf(label) {
   return document.querySelector(`[aria-label="${label}"] tbody`);
-}
-
-function cell(label, content, css) {
-  return element("td", { "data-label": label, class: css }, content);
 }
 
 function name(text) {
@@ -66,15 +64,15 @@ function finishedRow(each) {
 }
 
 function showNow({ count, running: requests }) {
-  document.getElementById("now-count").textContent = number(count);
-  document.getElementById("now-empty").hidden = requests.length > 0;
+  byId("now-count").textContent = number(count);
+  byId("now-empty").hidden = requests.length > 0;
   running.closest(".scroll").hidden = requests.length === 0;
   // What the pointer or the keyboard is in stays as it is.
   if (!running.contains(document.activeElement)) running.replaceChildren(...requests.map(runningRow));
 }
 
 function showFinished(each) {
-  document.getElementById("finished-empty").hidden = true;
+  byId("finished-empty").hidden = true;
   finished.closest(".scroll").hidden = false;
   finished.prepend(finishedRow(each));
   while (finished.rows.length > MAX_ROWS) finished.lastElementChild.remove();

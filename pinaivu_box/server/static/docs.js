@@ -1,27 +1,20 @@
 // The list of endpoints, drawn from openapi.json.  What is folded is drawn when it is first opened.
 
+import { byId, element } from "./page.js";
+
 const JSON_KIND = "application/json";
 const BOUNDS = [
   "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
   "minLength", "maxLength", "minItems", "maxItems", "pattern",
 ];
 
-function make(tag, text, kind) {
-  const node = document.createElement(tag);
-  if (text) node.textContent = text;
-  if (kind) node.className = kind;
-  return node;
-}
-
 /** A `<details>`; `draw` gives the nodes inside, once. */
 function folded(summary, draw) {
-  const box = make("details");
+  const box = element("details");
   box.append(summary);
   box.addEventListener("toggle", () => {
     if (!box.open || box.children.length > 1) return;
-    const inside = make("div", "", "docs-inside");
-    inside.append(...draw());
-    box.append(inside);
+    box.append(element("div", { class: "docs-inside" }, draw()));
   });
   return box;
 }
@@ -46,15 +39,15 @@ function inWords(schema) {
 
 /** Rows of a name (required ones with an asterisk) and what may stand there. */
 function table(rows) {
-  const made = make("table");
+  const made = element("table");
   for (const { name, required, where, schema } of rows) {
     const row = made.insertRow();
-    row.insertCell().append(make("code", name + (required ? " *" : "")));
+    row.insertCell().append(element("code", {}, name + (required ? " *" : "")));
     const cell = row.insertCell();
     if (where) cell.append(`in the ${where}: `);
-    cell.append(make("code", inWords(schema)));
+    cell.append(element("code", {}, inWords(schema)));
     if (schema && typeof schema === "object" && "default" in schema) {
-      cell.append(make("span", ` default ${JSON.stringify(schema.default)}`, "muted"));
+      cell.append(element("span", { class: "muted" }, ` default ${JSON.stringify(schema.default)}`));
     }
   }
   return rows.length ? [made] : [];
@@ -63,7 +56,7 @@ function table(rows) {
 /** A type, and the types that it names; `above` are those that it is in. */
 function type(title, schema, schemas, above = []) {
   const found = (schema.$ref ? schemas[nameOf(schema.$ref)] : schema) || {};
-  return folded(make("summary", `${title}: ${inWords(schema)}`), () => {
+  return folded(element("summary", {}, `${title}: ${inWords(schema)}`), () => {
     const required = new Set(found.required || []);
     const fields = Object.entries(found.properties || {}).map(
       ([name, field]) => ({ name, required: required.has(name), schema: field }),
@@ -71,7 +64,7 @@ function type(title, schema, schemas, above = []) {
     const named = new Set(JSON.stringify(found).match(/#\/components\/schemas\/[\w.-]+/g) || []);
     const inner = [...named].filter((reference) => !above.includes(reference));
     return [
-      ...(found.description ? [make("p", found.description)] : []),
+      ...(found.description ? [element("p", {}, found.description)] : []),
       ...table(fields),
       ...inner.map(($ref) => type("type", { $ref }, schemas, [...above, $ref])),
     ];
@@ -83,7 +76,7 @@ function contents(title, content, schemas) {
   return Object.entries(content || {}).map(([kind, media]) => {
     const schema = media.schema || {};
     const name = kind === JSON_KIND ? title : `${title} as ${kind}`;
-    if (!schema.$ref && !schema.properties) return make("p", `${name}: ${inWords(schema)}`);
+    if (!schema.$ref && !schema.properties) return element("p", {}, `${name}: ${inWords(schema)}`);
     return type(name, schema, schemas, schema.$ref ? [schema.$ref] : []);
   });
 }
@@ -97,19 +90,21 @@ function details(one, schemas) {
     const errors = [];
     for (const [status, answer] of Object.entries(one.responses || {})) {
       if (status.startsWith("2")) nodes.push(...contents("answer", answer.content, schemas));
-      else errors.push(make("p", `${status}: ${answer.description}`, "muted"));
+      else errors.push(element("p", { class: "muted" }, `${status}: ${answer.description}`));
     }
-    if (errors.length) nodes.push(folded(make("summary", "errors"), () => errors));
+    if (errors.length) nodes.push(folded(element("summary", {}, "errors"), () => errors));
     return nodes;
   } catch {  // what cannot be drawn is shown as it is, and stops nothing else
-    return [make("pre", JSON.stringify(one, null, 2))];
+    return [element("pre", {}, JSON.stringify(one, null, 2))];
   }
 }
 
 function operation(method, path, one, schemas) {
-  const head = make("summary");
-  head.append(make("span", method, "docs-method"), make("code", path, "plain"));
-  if (one?.summary) head.append(make("span", one.summary, "docs-summary"));
+  const head = element(
+    "summary", {},
+    element("span", { class: "docs-method" }, method), element("code", { class: "plain" }, path),
+  );
+  if (one?.summary) head.append(element("span", { class: "docs-summary" }, one.summary));
   const box = folded(head, () => details(one, schemas));
   box.className = "docs-operation";
   box.id = one?.operationId || `${method}-${path}`;
@@ -142,8 +137,8 @@ function draw(place, api) {
     }
   }
   const sections = [...groups].map(([name, operations]) => {
-    const section = make("section", "", "card flush docs-group");
-    section.append(make("h2", name), ...operations.map(({ box }) => box));
+    const section = element("section", { class: "card flush docs-group" });
+    section.append(element("h2", {}, name), ...operations.map(({ box }) => box));
     return { section, operations };
   });
   place.replaceChildren(...sections.map(({ section }) => section));
@@ -169,24 +164,25 @@ function filter(sections, query) {
 function openFromAddress() {
   let id = location.hash.slice(1);
   try { id = decodeURIComponent(id); } catch { /* written by hand: as it is */ }
-  const box = document.getElementById(id);
+  const box = byId(id);
   if (!box?.classList.contains("docs-operation")) return;
   box.open = true;
   box.scrollIntoView();
 }
 
 async function main() {
-  const place = document.getElementById("docs-operations");
-  const count = document.getElementById("docs-count");
-  const query = document.getElementById("docs-query");
-  const search = document.getElementById("docs-search");
+  const place = byId("docs-operations");
+  const count = byId("docs-count");
+  const query = byId("docs-query");
+  const search = byId("docs-search");
   let sections;
   try {
     const answer = await fetch(place.dataset.document);
     if (!answer.ok) throw new Error(`the box answered ${answer.status}`);
     sections = draw(place, await answer.json());
   } catch (error) {
-    place.replaceChildren(make("p", `The description could not be shown: ${error.message}.`, "error"));
+    const sentence = `The description could not be shown: ${error.message}.`;
+    place.replaceChildren(element("p", { class: "error" }, sentence));
     return;
   }
   const show = () => {

@@ -1,9 +1,8 @@
 // API Keys: create, edit, rotate and revoke the account's own keys.
 
-import { address, call, clearErrors, confirmed, onSubmit, showDialog, toast } from "./page.js";
+import { address, byId, call, clearErrors, onSubmit, showDialog, sure, toast } from "./page.js";
 
-const dialog = (id) => document.getElementById(id);
-const form = (id) => document.getElementById(`${id}-form`);
+const form = (id) => byId(id).querySelector("form");
 let chosen = null; // the row of the key that a dialog is about
 
 /** The policy of a form; null stands for as much as the account may have.  `kept` are scopes that the
@@ -47,14 +46,14 @@ async function asked(work) {
 }
 
 async function showSecret(made) {
-  document.getElementById("secret-text").textContent = made.key;
-  document.getElementById("secret-export").textContent = `export PINAIVU_API_KEY="${made.key}"`;
-  const warning = document.getElementById("secret-warning");
+  byId("secret-text").textContent = made.key;
+  byId("secret-export").textContent = `export PINAIVU_API_KEY="${made.key}"`;
+  const warning = byId("secret-warning");
   warning.textContent = made.warning ?? "";
   warning.hidden = !made.warning;
-  await showDialog(dialog("secret"));
-  document.getElementById("secret-text").textContent = "";
-  document.getElementById("secret-export").textContent = "";
+  await showDialog(byId("secret"));
+  byId("secret-text").textContent = "";
+  byId("secret-export").textContent = "";
   location.reload();
 }
 
@@ -62,7 +61,7 @@ onSubmit(form("create"), async (values) => {
   const body = { name: values.name ?? "", policy: withoutNull(policyOf(values, form("create"))) };
   if (values.expires_at) body.expires_at = endOf(values.expires_at);
   const made = await asked(() => call("POST", "/v1/account/keys", body));
-  dialog("create").close();
+  byId("create").close();
   form("create").reset();
   await showSecret(made);
 });
@@ -78,7 +77,7 @@ onSubmit(form("edit"), async (values) => {
 onSubmit(form("rotate"), async ({ overlap }) => {
   const path = `/v1/account/keys/${chosen.dataset.key}/rotate`;
   const made = await call("POST", path, { overlap });
-  dialog("rotate").close();
+  byId("rotate").close();
   await showSecret(made);
 });
 
@@ -104,17 +103,13 @@ function edit() {
     fields.period.add(new Option(`every ${period}`, period));
   }
   fields.period.value = period;
-  showDialog(dialog("edit"));
+  showDialog(byId("edit"));
 }
 
 async function revoke() {
-  const yes = await confirmed({
-    title: "Revoke the key?",
-    text: `Programs that use “${chosen.dataset.name}” are refused from now on, for ever. What they run now is stopped.`,
-    action: "Revoke",
-    danger: true,
-  });
-  if (!yes) return;
+  const text = `Programs that use “${chosen.dataset.name}” are refused from now on, for ever. What `
+    + "they run now is stopped.";
+  if (!(await sure("Revoke the key?", text, "Revoke"))) return;
   try {
     await call("POST", `/v1/account/keys/${chosen.dataset.key}/revoke?now=true`);
     location.assign(address("/keys"));
@@ -130,6 +125,6 @@ document.addEventListener("click", (event) => {
   if (button.dataset.action === "edit") edit();
   else if (button.dataset.action === "rotate") {
     clearErrors(form("rotate"));
-    showDialog(dialog("rotate"));
+    showDialog(byId("rotate"));
   } else revoke();
 });

@@ -1,13 +1,11 @@
 // The forms of /login, /login/link/... and /signup.
-import { call, onSubmit } from "./page.js";
+import { call, checkAgain, onSubmit } from "./page.js";
 
 /** Begin a session, then go where the box says. */
 function enter(form, path, bodyOf) {
   if (!form) return;
   onSubmit(form, async (values) => {
-    if ("again" in values && values.again !== values.password) {
-      throw Object.assign(new Error("The two passwords differ."), { param: "again" });
-    }
+    if ("again" in values) checkAgain(values.password, values.again);
     location.assign((await call("POST", path, bodyOf(values))).next);
   });
 }

@@ -1,8 +1,9 @@
 // The page /memories.
 
-import { call, confirmed, element as el, icon, onSubmit, showError, timeElement, toast } from "./page.js";
+import {
+  byId, call, element as el, icon, onSubmit, showError, sure, timeElement, toast,
+} from "./page.js";
 
-const at = (id) => document.getElementById(id);
 const path = (id) => `/v1/memories/${encodeURIComponent(id)}`;
 const ORIGINS = {
   added: "Added by you",
@@ -16,26 +17,26 @@ async function load() {
   try {
     const list = await call("GET", "/v1/memories");
     memories = list.data;
-    at("enabled").checked = list.enabled;
-    at("how").textContent =
+    byId("enabled").checked = list.enabled;
+    byId("how").textContent =
       list.search === "embeddings"
         ? "Memories are found by their meaning, with an embedding model of this box."
         : "Memories are found by their words; with an embedding model on this box they would be found by meaning.";
-    at("problem").hidden = true;
+    byId("problem").hidden = true;
   } catch (error) {
-    at("problem").querySelector("[data-sentence]").textContent = error.message;
-    at("problem").hidden = false;
+    byId("problem").querySelector("[data-sentence]").textContent = error.message;
+    byId("problem").hidden = false;
   }
   show();
 }
 
 function show() {
-  const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const matches = (memory) => words.every((word) => memory.text.toLowerCase().includes(word));
   const shown = memories.filter(matches);
-  at("list").replaceChildren(...shown.map(row));
-  at("count").textContent = memories.length ? String(memories.length) : "";
-  at("none").hidden = memories.length > 0;
+  byId("list").replaceChildren(...shown.map(row));
+  byId("count").textContent = memories.length ? String(memories.length) : "";
+  byId("none").hidden = memories.length > 0;
 }
 
 function row(memory) {
@@ -75,13 +76,8 @@ function edit(item, memory) {
 }
 
 async function remove(memory) {
-  const sure = await confirmed({
-    title: "Delete this memory?",
-    text: `“\u2068${memory.text}\u2069” will be gone for good.`,
-    action: "Delete",
-    danger: true,
-  });
-  if (!sure) return;
+  const text = `“\u2068${memory.text}\u2069” will be gone for good.`;
+  if (!(await sure("Delete this memory?", text, "Delete"))) return;
   try {
     await call("DELETE", path(memory.id));
     memories = memories.filter((other) => other.id !== memory.id);
@@ -91,22 +87,22 @@ async function remove(memory) {
   }
 }
 
-onSubmit(at("add"), async ({ text }, form) => {
+onSubmit(byId("add"), async ({ text }, form) => {
   const added = await call("POST", "/v1/memories", { text });
   memories = [added, ...memories.filter((other) => other.id !== added.id)];
   form.reset();
   show();
   form.elements.text.focus();
 });
-at("filter").addEventListener("input", show);
-at("enabled").addEventListener("change", async (event) => {
+byId("filter").addEventListener("input", show);
+byId("enabled").addEventListener("change", async (event) => {
   const box = event.target;
   try {
     await call("PATCH", "/v1/memories", { enabled: box.checked });
     toast(box.checked ? "Memories are on." : "Memories are off: nothing is used or added.");
   } catch (error) {
     box.checked = !box.checked;
-    showError(at("add"), error);
+    showError(byId("add"), error);
   }
 });
-if (at("memories-page").dataset.locked === "no") load();
+if (byId("memories-page").dataset.locked === "no") load();

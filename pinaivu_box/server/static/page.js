@@ -64,25 +64,30 @@ export async function call(method, path, body, options) {
   return text ? JSON.parse(text) : null;
 }
 
-// Event streams
+// Streams
 
-/** The events of a response as `{name, data, id}`; `data` is parsed if it is JSON. */
-export async function* eventsOf(response) {
+/** The parts of a response's text as they come, each of which ends with `separator`. */
+export async function* partsOf(response, separator) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      const parts = (rest + value).split(/\r?\n\r?\n/);
+      const parts = (rest + value).split(separator);
       rest = parts.pop();
-      for (const part of parts) {
-        const event = eventFrom(part);
-        if (event) yield event;
-      }
+      yield* parts;
     }
   } finally {
     reader.cancel().catch(() => {});
+  }
+}
+
+/** The events of a response as `{name, data, id}`; `data` is parsed if it is JSON. */
+export async function* eventsOf(response) {
+  for await (const part of partsOf(response, /\r?\n\r?\n/)) {
+    const event = eventFrom(part);
+    if (event) yield event;
   }
 }
 
@@ -152,6 +157,8 @@ export function follow(path, handlers, lastId = "") {
 
 // Elements
 
+export const byId = (id) => document.getElementById(id);
+
 /** An element: `element("a", {href: "/", class: "button"}, "text", otherElement)`.  A property that
  * begins with `on` is a listener; one that is null, undefined or false is left out. */
 export function element(name, properties = {}, ...children) {
@@ -164,6 +171,10 @@ export function element(name, properties = {}, ...children) {
   made.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return made;
 }
+
+/** A cell of a table whose rows are cards on a phone. */
+export const cell = (label, content, css = null) =>
+  element("td", { "data-label": label, class: css }, content);
 
 /** An icon of static/icons.svg. */
 export function icon(name) {
@@ -198,8 +209,7 @@ export function localTimes(root = document) {
   for (const time of root.querySelectorAll("time[data-local]")) {
     const date = new Date(time.dateTime);
     if (Number.isNaN(date.getTime())) continue;
-    time.textContent = localTime(date);
-    time.title = time.dateTime;
+    showTime(time, time.dateTime);
   }
   for (const text of root.querySelectorAll(".chart [data-at]")) {
     const local = hour.format(new Date(text.dataset.at));
@@ -208,10 +218,17 @@ export function localTimes(root = document) {
   }
 }
 
+/** Write a moment (RFC 3339) into a `<time>`, in local time. */
+export function showTime(time, moment) {
+  time.dateTime = time.title = moment;
+  time.textContent = localTime(new Date(moment));
+}
+
 /** `<time>` of Unix milliseconds or an ISO text, in local time. */
 export function timeElement(when) {
-  const iso = new Date(when).toISOString();
-  return element("time", { datetime: iso, title: iso }, localTime(new Date(iso)));
+  const time = element("time");
+  showTime(time, new Date(when).toISOString());
+  return time;
 }
 
 const plain = new Intl.NumberFormat("en-US");
@@ -287,7 +304,7 @@ export function copyableId(id, what = "id") {
 
 /** Say something in the corner, also to screen readers; `kind` "bad" stays for longer. */
 export function toast(text, kind = "") {
-  const place = document.getElementById("toasts");
+  const place = byId("toasts");
   if (place.showPopover) { // above a dialog that was opened since
     place.setAttribute("popover", "manual");
     if (place.matches(":popover-open") && document.querySelector("dialog[open]")) place.hidePopover();
@@ -308,8 +325,12 @@ export function showDialog(dialog) {
   });
 }
 
-/** Ask before something is done; `action` is the word on the button.  Answers true or false. */
-export async function confirmed({ title, text, action, danger = false }) {
+/** Ask before something is done that cannot be undone; `action` is the word on the button.  Answers
+ * true or false. */
+export const sure = (title, text, action) => confirmed(title, text, action, " danger");
+
+/** The same for what does no harm. */
+export async function confirmed(title, text, action, kind = "") {
   const dialog = element(
     "dialog",
     { class: "panel", "aria-labelledby": "confirm-title" },
@@ -322,7 +343,7 @@ export async function confirmed({ title, text, action, danger = false }) {
         "div",
         { class: "row end" },
         element("button", { class: "button", value: "" }, "Cancel"),
-        element("button", { class: `button primary${danger ? " danger" : ""}`, value: "yes" }, action),
+        element("button", { class: `button primary${kind}`, value: "yes" }, action),
       ),
     ),
   );
@@ -337,7 +358,7 @@ export async function confirmed({ title, text, action, danger = false }) {
 /** The values of a form by name: numbers of number fields, true or false of check boxes, lists of
  * names that end in `[]`.  Fields that are empty or disabled are left out, but with `data-null`
  * they are null. */
-export function valuesOf(form) {
+function valuesOf(form) {
   const values = {};
   for (const field of form.elements) {
     const { name, type } = field;
@@ -372,6 +393,12 @@ export function onSubmit(form, work) {
       button?.removeAttribute("aria-busy");
     }
   });
+}
+
+/** Throws an error for the field `again`. */
+export function checkAgain(password, again) {
+  if (again === password) return;
+  throw Object.assign(new Error("The two passwords differ."), { param: "again" });
 }
 
 export function clearErrors(form) {

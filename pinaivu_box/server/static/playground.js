@@ -1,7 +1,7 @@
 // The playground: one request, its answer as it is made, and what is known of it.
 
 import { AnswerView } from "./answer_view.js";
-import { address, call, copyableId, element, eventsOf, send } from "./page.js";
+import { address, byId, call, copyableId, element, eventsOf, send } from "./page.js";
 import { samples } from "./request_samples.js";
 
 const TOP = 5; // alternatives of each token
@@ -9,7 +9,6 @@ const SAVED = "pinaivu.playground"; // the settings, without the texts
 const STOP_DELAY = 700; // milliseconds, in which the box notices that a request was stopped
 const RECEIPT_DELAYS = [400, 800, 1600, 3200, 0]; // milliseconds between attempts to get a receipt
 
-const byId = (id) => document.getElementById(id);
 const form = byId("request");
 
 const sleep = (delay) => new Promise((resolve) => setTimeout(resolve, delay));

@@ -1,9 +1,8 @@
 // What every page does: local times, copy buttons, dialogs, the menu and the theme.
 
-import { copyByButton, localTimes, onSubmit, send, showDialog, toast } from "./page.js";
+import { address, byId, copyByButton, localTimes, onSubmit, send, showDialog, toast } from "./page.js";
 
 const root = document.documentElement;
-const prefix = document.body.dataset.prefix ?? "";
 
 localTimes();
 
@@ -11,15 +10,15 @@ document.addEventListener("click", (event) => {
   const target = event.target.closest?.("[data-copy], [data-copy-from], [data-opens], [data-closes], [data-theme-choice]");
   if (!target) return;
   if (target.matches("[data-copy], [data-copy-from]")) copyByButton(target);
-  else if (target.dataset.opens) showDialog(document.getElementById(target.dataset.opens));
+  else if (target.dataset.opens) showDialog(byId(target.dataset.opens));
   else if (target.matches("[data-closes]")) target.closest("dialog").close();
   else setTheme(target.dataset.themeChoice);
 });
 
 // The menu on narrow screens
 
-const menu = document.getElementById("menu");
-const nav = document.getElementById("nav");
+const menu = byId("menu");
+const nav = byId("nav");
 
 function setMenu(open) {
   nav.toggleAttribute("data-open", open);
@@ -60,7 +59,7 @@ function setTheme(choice) {
   if (choice === "system") delete root.dataset.theme;
   else root.dataset.theme = choice;
   const age = choice === "system" ? 0 : 31536000;
-  document.cookie = `pinaivu_theme=${choice}; path=${prefix || "/"}; max-age=${age}; samesite=lax`;
+  document.cookie = `pinaivu_theme=${choice}; path=${address("") || "/"}; max-age=${age}; samesite=lax`;
   markTheme();
 }
 
@@ -74,6 +73,6 @@ for (const form of document.querySelectorAll("form[data-path]")) {
     const body = Object.keys(values).length ? values : undefined;
     await send(method, form.dataset.path, method === "DELETE" ? undefined : body);
     if (form.dataset.done) toast(form.dataset.done);
-    if (form.dataset.then) location.assign(prefix + form.dataset.then);
+    if (form.dataset.then) location.assign(address(form.dataset.then));
   });
 }

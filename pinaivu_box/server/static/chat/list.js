@@ -1,6 +1,6 @@
 // The list of conversations: searched, grouped by day, with a menu for each.
 
-import { address, confirmed, element as el, icon, showDialog } from "../page.js";
+import { address, byId, element as el, icon, showDialog, sure } from "../page.js";
 import { dayOf } from "./days.js";
 import { debounced, isolated } from "./parts.js";
 
@@ -9,9 +9,9 @@ export class ConversationList {
   constructor(api, on) {
     this.api = api;
     this.on = on;
-    this.element = document.getElementById("conversations");
-    this.search = document.getElementById("search");
-    this.more = document.getElementById("more-conversations");
+    this.element = byId("conversations");
+    this.search = byId("search");
+    this.more = byId("more-conversations");
     this.items = [];
     this.next = null;
     this.searchedAll = true;
@@ -114,7 +114,7 @@ export class ConversationList {
   }
 
   async rename(item) {
-    const dialog = document.getElementById("rename");
+    const dialog = byId("rename");
     const field = dialog.querySelector("input");
     field.value = item.title;
     setTimeout(() => field.select());
@@ -129,13 +129,8 @@ export class ConversationList {
   }
 
   async remove(item) {
-    const sure = await confirmed({
-      title: "Delete the conversation?",
-      text: `“\u2068${item.title || "New chat"}\u2069” and all its messages will be gone for good. Its receipts stay, without the words.`,
-      action: "Delete",
-      danger: true,
-    });
-    if (!sure) return;
+    const text = `“\u2068${item.title || "New chat"}\u2069” and all its messages will be gone for good. Its receipts stay, without the words.`;
+    if (!(await sure("Delete the conversation?", text, "Delete"))) return;
     try {
       await this.api.remove(item.id);
       this.items = this.items.filter((other) => other.id !== item.id);

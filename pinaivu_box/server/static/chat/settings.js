@@ -1,6 +1,6 @@
 // The model and the system prompt of a conversation, and the parameters of answers.
 
-import { element as el, showDialog } from "../page.js";
+import { byId, element as el, showDialog } from "../page.js";
 
 // Kept in the browser: nothing that was said is in them.
 const LAST_MODEL = "pinaivu-chat-model";
@@ -11,8 +11,8 @@ export class Settings {
   constructor(api, on) {
     this.api = api;
     this.on = on;
-    this.select = document.getElementById("model");
-    this.dialog = document.getElementById("settings");
+    this.select = byId("model");
+    this.dialog = byId("settings");
     this.form = this.dialog.querySelector("form");
     this.models = [];
     this.conversation = null;

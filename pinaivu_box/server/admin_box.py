@@ -1,13 +1,33 @@
-"""`GET /v1/admin/upstreams`."""
+"""`/v1/admin/devices`, `upstreams` and `reload`: what models run on, and the configuration."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 from starlette.requests import Request
 
-from pinaivu_box.box import Box
+from pinaivu_box.box import Box, NotServed
+from pinaivu_box.engine.messages import GgmlBackend
+from pinaivu_box.errors import CliError, InvalidBody
+from pinaivu_box.gateway.device_views import DeviceView, device_views
 from pinaivu_box.server.context import box_of, request_id_of
 from pinaivu_box.upstream.upstream import Upstream
+
+
+class DeviceList(Struct, frozen=True):
+    """`failure` says why they could not be listed, as the end of a sentence.  `backends` are the
+    libraries for other devices than the CPU."""
+
+    request_id: str
+    data: list[DeviceView]
+    backends: list[GgmlBackend]
+    failure: str = ""
+    object: str = "list"
+
+
+async def list_devices(request: Request) -> DeviceList:
+    box = box_of(request)
+    views = device_views(await box.devices.read(), box.placement.engines)
+    return DeviceList(request_id_of(request), views, box.devices.backends, box.devices.failure)
 
 
 class UpstreamView(Struct, frozen=True):
@@ -63,3 +83,22 @@ def _state(upstream: Upstream, tripped: str | None) -> tuple[str, str | None]:
     if seconds := upstream.busy_seconds:
         return "busy", f"it has asked to be left alone for {seconds:.0f} s"
     return "ready", None
+
+
+class ReloadAnswer(Struct, frozen=True):
+    """See `box.Reloaded`."""
+
+    request_id: str
+    applied: list[str]
+    engines: list[str]
+    restart: list[str]
+    models: list[str]
+    not_served: list[NotServed]
+
+
+async def reload(request: Request) -> ReloadAnswer:
+    """Raises InvalidBody if the configuration is invalid."""
+    try:
+        return ReloadAnswer(request_id_of(request), *await box_of(request).reload())
+    except CliError as error:
+        raise InvalidBody(error.message, loc=("configuration",)) from error

@@ -1,4 +1,4 @@
-"""`pinaivu ps`: the engines of the running box."""
+"""`pinaivu ps`, `upstreams` and `reload`: the running box, what its models run on, its settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import click
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import Column
+from pinaivu_box.cli.render import UNKNOWN, Column
 from pinaivu_box.engine.messages import CPU
 from pinaivu_box.text import megabytes
+
+_RELOAD_SECONDS = 300.0  # many large model files take many seconds to read
+_EFFECTS = {
+    "applied": "is in effect",
+    "engines": "takes effect for engines that start from now on",
+    "restart": "takes effect when the box is restarted",
+}
 
 
 def _name(engine: dict[str, Any]) -> str:
@@ -22,7 +29,7 @@ def _name(engine: dict[str, Any]) -> str:
     return f"{engine['model']} #{replica + 1}" if replica else str(engine["model"])
 
 
-_COLUMNS = (
+_ENGINE_COLUMNS = (
     Column("MODEL", _name),
     Column("STATE", itemgetter("state")),
     Column("PID", lambda engine: str(engine["pid"] or ""), drop=3),
@@ -68,7 +75,7 @@ def ps(call: Call, why: bool, devices: bool) -> None:
             click.echo(f"The devices cannot be listed: {listed['failure']}.", err=True)
         call.print_list(listed["data"], _DEVICE_COLUMNS)
         return
-    call.print_list(request(call.home, "/v1/engines")["data"], _WHY if why else _COLUMNS)
+    call.print_list(request(call.home, "/v1/engines")["data"], _WHY if why else _ENGINE_COLUMNS)
 
 
 def _bits(engine: Mapping[str, Any]) -> str:
@@ -93,3 +100,54 @@ def _megabytes(size: int | None) -> str:
 
 def _value(value: float | None, unit: str) -> str:
     return "" if value is None else f"{value:.0f} {unit}"
+
+
+def _places(upstream: Any) -> str:
+    return f"{upstream['running']}/{upstream['concurrency']} running, {upstream['waiting']} waiting"
+
+
+def _speed(upstream: Any) -> str:
+    if upstream["ttft_ms"] is None:
+        return UNKNOWN
+    return f"{upstream['ttft_ms']:,} ms, {upstream['tokens_per_s']:,} tokens/s"
+
+
+_UPSTREAM_COLUMNS = (
+    Column("NAME", itemgetter("name")),
+    Column("STATE", itemgetter("state")),
+    Column("MODELS", lambda upstream: ", ".join(upstream["models"]), cut="end"),
+    Column("LOAD", _places, drop=3),
+    Column("SPEED", _speed, drop=2),
+    Column("WHY", lambda upstream: upstream["why"] or "", drop=4),
+    Column("URL", itemgetter("url"), drop=1),
+)
+
+
+@click.command()
+@standard_options(wide=True)
+def upstreams(call: Call) -> None:
+    """List the upstreams of the running box: servers that are no boxes ([[upstream]] in its
+    configuration).
+
+    SPEED is the median time to the first token, and that of one stream after it.
+    """
+    call.print_list(request(call.home, "/v1/admin/upstreams")["data"], _UPSTREAM_COLUMNS)
+
+
+@click.command()
+@standard_options()
+def reload(call: Call) -> None:
+    """Let the running box read its configuration again; no request is interrupted."""
+    answer = request(call.home, "/v1/admin/reload", method="POST", seconds=_RELOAD_SECONDS)
+    call.print(answer, _print_changes)
+
+
+def _print_changes(answer: dict[str, Any]) -> None:
+    for kind, effect in _EFFECTS.items():
+        for name in answer[kind]:
+            click.echo(f"{name} {effect}")
+    if not any(answer[kind] for kind in _EFFECTS):
+        click.echo("no setting has changed")
+    click.echo(f"models: {', '.join(answer['models']) or 'none'}")
+    for file in answer["not_served"]:
+        click.echo(f"not served: {file['path']}: {file['reason']}", err=True)
