@@ -191,6 +191,8 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
         upstreams=box.upstreams,
+        begin_span=box.tracer.begin,
+        spans=_spans(box),
     )
     box.boxes = box.admission.tokenizer = services.boxes
     box.admission.remote = services.candidates
@@ -291,8 +293,11 @@ def _observe(box: Box) -> None:
     registry.register(IncidentMetrics(box.incidents))
     box_metrics.register(registry, box.database, _state_of(box))
     box.placement.engine_died = box.incidents.engine_died
-    spans = RequestSpans(box.identity.node_id, box.settings.address_of_upstream, box.tracer.add)
-    box.requests.ended = spans.ended
+    box.requests.ended = _spans(box).ended
+
+
+def _spans(box: Box) -> RequestSpans:
+    return RequestSpans(box.identity.node_id, box.settings.address_of_upstream, box.tracer.add)
 
 
 def _state_of(box: Box) -> box_metrics.BoxState:

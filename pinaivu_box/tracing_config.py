@@ -19,6 +19,8 @@ class TracingConfig(Section, frozen=True):
     headers_file: str = ""
     # Of the requests whose clients do not say whether they are traced.
     sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    # Whether peers are told to which trace the requests belong that they serve.
+    peers: bool = False
 
 
 def check(tracing: TracingConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -15,8 +16,9 @@ from tests.support.fake_model import FAKE
 from tests.support.in_process_command import run_command
 from tests.support.paths import ROOT
 from tests.support.process_box import Box, environment
+from tests.support.terminal import CTRL_U, CommandTerminal
 
-BASH = shutil.which("bash")
+BASH, ZSH, FISH = map(shutil.which, ("bash", "zsh", "fish"))
 # What bash does at Tab: the variables of readline, the function, its replies.
 AT_TAB = """
 source {script}
@@ -37,16 +39,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def environment_with_program(folder: Path, home: Path) -> dict[str, str]:
+    """In which `pinaivu` is a command, as in a user's shell."""
+    program = folder / "pinaivu"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pinaivu_box "$@"\n')
+    program.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return environment(PYTHONPATH=str(ROOT), PINAIVU_HOME=str(home), PATH=path)
+
+
+def script_for(shell: str, folder: Path) -> Path:
+    script = folder / f"completion.{shell}"
+    script.write_text(run_command("completion", shell, home=None).stdout)
+    return script
+
+
 class Shell:
     """`pressed(line)`: what bash completes the line to, in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.program = folder / "pinaivu"
-        self.program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pinaivu_box "$@"\n')
-        self.program.chmod(0o755)
-        script = folder / "completion.bash"
-        script.write_text(run_command("completion", "bash", home=None).stdout)
-        self._code = AT_TAB.format(script=script, program=self.program)
+        self._folder = folder
+        script = script_for("bash", folder)
+        self._code = AT_TAB.format(script=script, program=folder / "pinaivu")
 
     def pressed(self, line: str, home: Path) -> list[str]:
         assert BASH is not None
@@ -54,7 +68,7 @@ class Shell:
             [BASH, "--norc", "-c", self._code, "bash", line],
             capture_output=True,
             text=True,
-            env=environment(PYTHONPATH=str(ROOT), PINAIVU_HOME=str(home)),
+            env=environment_with_program(self._folder, home),
         )
         assert done.returncode == 0 and done.stderr == "", done.stderr
         return [found for found in done.stdout.splitlines() if found]
@@ -125,3 +139,50 @@ def test_the_script_is_one_that_the_shell_reads(name: str, tmp_path: Path) -> No
     if (program := shutil.which(name)) is None:
         pytest.skip(f"there is no {name}")
     subprocess.run([program, "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(FISH is None, reason="there is no fish")
+def test_fish_completes(home: Path, tmp_path: Path) -> None:
+    script, env = script_for("fish", tmp_path), environment_with_program(tmp_path, home)
+
+    def pressed(line: str) -> dict[str, str]:
+        """What fish offers, with the description beside it."""
+        assert FISH is not None
+        code = f"source {script}; complete -C '{line}'"
+        command = [FISH, "--no-config", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        lines = (found.partition("\t") for found in done.stdout.splitlines() if found)
+        return {word: description for word, _, description in lines}
+
+    assert pressed("pinaivu re") == {
+        "receipts": "Show and verify receipts.",
+        "reload": "Let the running box read its configuration again.",
+        "restore": "Restore a backup.",
+    }
+    assert list(pressed("pinaivu keys edit lap")) == ["laptop"]
+    assert list(pressed("pinaivu keys rotate --ov")) == ["--overlap"]
+    assert "llama3.2:1b" in pressed("pinaivu pull llama3.2:1")
+
+
+@pytest.mark.skipif(ZSH is None, reason="there is no zsh")
+def test_zsh_completes(home: Path, tmp_path: Path) -> None:
+    """At a terminal: nothing but zsh's line editor completes."""
+    assert ZSH is not None
+    script, env = script_for("zsh", tmp_path), environment_with_program(tmp_path, home)
+    env |= {"ZDOTDIR": str(tmp_path)}
+    with CommandTerminal(ZSH, "-f", "-i", columns=120, **env) as terminal:
+        terminal.enter(f"autoload -U compinit && compinit -u -D; source {script}; print o''k")
+        terminal.expect("ok")
+        for typed, expected in (
+            ("pinaivu keys ro", "tate"),
+            ("pinaivu keys edit lap", "top"),
+            ("pinaivu keys rotate --ov", "erlap"),
+            ("pinaivu pull llama3.2:1", "b"),
+        ):
+            terminal.type(f"{typed}\t")
+            terminal.expect(typed + expected)
+            terminal.enter(CTRL_U + "print o''k")
+            terminal.expect("\nok")
+        terminal.type("pinaivu re\t")
+        for listed in ("receipts  -- Show and", "restore   -- Restore a", "reload    -- Let the"):
+            terminal.expect(listed)

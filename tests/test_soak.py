@@ -7,7 +7,15 @@ import os
 from collections import Counter
 
 from tests.bench import soak_measures
-from tests.bench.soak_measures import Answers, Sample, growth, left_open, wrong_receipts
+from tests.bench.soak_measures import (
+    Answers,
+    Sample,
+    growth,
+    left_open,
+    plain,
+    warnings,
+    wrong_receipts,
+)
 
 
 def samples(*sizes: float) -> list[Sample]:
@@ -53,10 +61,10 @@ def test_this_process_is_measured() -> None:
 
 def answers() -> Answers:
     """Of six requests two were answered, one was left, one before it had an id, one refused, and
-    one failed in its stream."""
+    one ended in the middle, which somebody could have served."""
     return Answers(
         sent=6, answered={"a", "b"}, cut={"c"}, cut_early=1, refused=Counter({"503": 1}),
-        failed=Counter({"lost": 1}), failed_ids={"e"},
+        turned_away=Counter({"lost": 1}), failed_ids={"e"},
     )  # fmt: skip
 
 
@@ -72,3 +80,19 @@ def test_answers_and_receipts_that_do_not_match() -> None:
     unfinished = answers()
     unfinished.sent += 1
     assert wrong_receipts(unfinished, {"a", "b", "c"}) == ["7 requests were sent, and 6 ended"]
+
+
+def test_refusals_are_counted_by_their_kind() -> None:
+    one = "node_1a2b3c4d stalled: nothing came for 4.0 s"
+    other = "node_9f8e7d6c stalled: nothing came for 12.7 s"
+    assert plain(one) == plain(other) == "node_N stalled: nothing came for N s"
+    log = f"""2026-12-01T05:49:57.961Z info    link to node_1a2b3c4d is up
+2026-12-01T05:50:57.961Z warning {one}
+2026-12-01T05:51:57.961Z warning {other}
+  a line of a traceback
+2026-12-01T05:52:57.961Z error   nothing can be written
+"""
+    assert warnings(log) == {
+        "warning node_N stalled: nothing came for N s": 2,
+        "error nothing can be written": 1,
+    }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ CONTEXT = 512
 @pytest.fixture(scope="module")
 def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its base URL."""
-    where, port = bundled.find(), free_port()
+    where, port = bundled.find(), free_port(socket.SOCK_STREAM)
     assert where is not None and where.offset == 0 and PROGRAM is not None
     log = tmp_path_factory.mktemp("llama") / "log"
     with log.open("w") as written:

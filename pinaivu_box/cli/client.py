@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,17 @@ class Running(msgspec.Struct, frozen=True):
     pid: int
     url: str
     token: str
+
+
+class _Said(dict[str, Any]):
+    """An object in an answer of the server, which may be one of an earlier version: until it is
+    restarted after an update.  Raises CliError for what it does not say."""
+
+    def __missing__(self, name: str) -> Any:
+        raise CliError(
+            f"The box that is running says no '{name}': it is of another version than this "
+            "command.  Restart it, and try again."
+        )
 
 
 def write_running(home: Path, running: Running) -> None:
@@ -114,7 +126,7 @@ def stream(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
                 if answer.is_error:
                     answer.read()
                     _content(answer)
-                yield from map(msgspec.json.decode, answer.iter_lines())
+                yield from map(_decoded, answer.iter_lines())
         except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError) as error:
             raise CliError("The box stopped or does not answer: run 'pinaivu doctor'.") from error
 
@@ -181,7 +193,7 @@ def _client(home: Path, seconds: float) -> Iterator[httpx.Client]:
             verify=context_for(home, running.url),
         ) as client:
             yield client
-    except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
+    except (OSError, json.JSONDecodeError, httpx.HTTPError) as error:
         raise NotRunning(message) from error
 
 
@@ -191,6 +203,11 @@ def _headers(token: str) -> dict[str, str]:
 
 def _content(answer: httpx.Response) -> Any:
     """Raises CliError."""
+    said = _decoded(answer.content)
     if answer.is_error:
-        raise CliError(answer.json()["error"]["message"])
-    return answer.json()
+        raise CliError(said["error"]["message"])
+    return said
+
+
+def _decoded(text: str | bytes) -> Any:
+    return json.loads(text, object_hook=_Said)

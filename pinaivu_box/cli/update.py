@@ -29,6 +29,9 @@ def update(call: Call, what: str | None) -> None:
     than the project's.  A release is installed only if its signature and digest are right and it
     starts; the executable before it stays beside the new one, as NAME.previous.
 
+    If a new version does not even start, 'NAME.previous update --rollback' returns to the one
+    before.
+
     --rollback does not change the home.  If the newer version has migrated the database, the older
     one refuses it: restore the backup that was made before the migration ('pinaivu restore').
     """
@@ -57,6 +60,11 @@ def _apply(call: Call) -> None:
     from pinaivu_box.update import executable, newest
 
     own = executable.own()
+    if executable.current(own) != own:
+        raise UpdateFailed(
+            f"This is the version before an update: run '{own} update --rollback' first, or update "
+            f"{executable.current(own)}."
+        )
     release = _newest(executable.variant(own))
     if not _is_newer(release.version):
         if release.version != __version__:
@@ -76,7 +84,7 @@ def _apply(call: Call) -> None:
 def _roll_back(call: Call) -> None:
     from pinaivu_box.update import executable
 
-    own = executable.own()
+    own = executable.current(executable.own())
     version = executable.roll_back(own)
     call.print(_facts(own, version), _print_change)
 

@@ -7,6 +7,7 @@ that was asked or answered is in a span: no prompt, no output, no tool, no name 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.gateway.backend import Job
@@ -46,6 +47,15 @@ class RequestSpans:
         )  # fmt: skip
         for choice in record.choices:
             self._add_legs(choice)
+
+    def served_for_peer(self, leg: LegRecord, error: str) -> None:
+        """Add the spans of a leg that was computed for a peer, if it is traced; `error` is the code
+        of what the peer was refused with."""
+        if leg.job.trace is not None:
+            own, *parts = self._of_leg(leg, leg.job.trace)
+            self._add(replace(own, name=_name(leg.job), kind=Kind.SERVER, error=error))
+            for part in parts:
+                self._add(part)
 
     def _add_legs(self, choice: ChoiceRecord) -> None:
         for failure in choice.failures:

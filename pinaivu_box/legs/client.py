@@ -46,6 +46,7 @@ from pinaivu_box.receipts.receipt import (
     Proof,
 )
 from pinaivu_box.routing.router import Destination
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.link import Stream
@@ -69,10 +70,15 @@ class PeerClient:
     """Asks peers for legs and for tokens of prompts; what it accepts is in the ledger then."""
 
     def __init__(
-        self, identity: Identity, network: Network, ledger: LedgerRecorder, large: LargeMessages
+        self,
+        identity: Identity,
+        network: Network,
+        ledger: LedgerRecorder,
+        large: LargeMessages,
+        settings: LiveSettings,
     ) -> None:
         self.identity, self.ledger, self.large = identity, ledger, large
-        self._network = network
+        self._network, self._settings = network, settings
         self._tags = ScopeTags()
         self._stops = TaskSet()
 
@@ -115,6 +121,7 @@ class PeerClient:
 
     def request(self, job: Job, to: Destination) -> leg_wire.LegRequest:
         tag = self._tags.of(job.scope, to.node_id) if job.cache and job.scope else None
+        trace = job.trace if self._settings.config.tracing.peers else None
         return leg_wire.LegRequest(
             to_task(job, tag),
             to.digest,
@@ -123,6 +130,7 @@ class PeerClient:
             to.currency,
             to.pays_prompt,
             EXACT_VERSION,
+            trace.header if trace is not None else UNSET,
         )
 
     def end(self, stream: Stream) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from msgspec import UNSET
+
 from pinaivu_box import amount
 from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import (
@@ -27,6 +29,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.gateway.backend import Backend, Job
 from pinaivu_box.gateway.local import LocalBackend
+from pinaivu_box.gateway.request_spans import RequestSpans
 from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.ledger import entry as ledger_entry
@@ -50,6 +53,7 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
+from pinaivu_box.tracing.context import TraceContext
 from pinaivu_box.transport import rpc, wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.upstream.upstream import OWNER
@@ -77,8 +81,11 @@ class LegServer:
         writable: Callable[[], Awaitable[None]],
         large: LargeMessages,
         upstreams: ServedUpstreams,
+        begin_span: Callable[[str], TraceContext | None],
+        spans: RequestSpans,
     ) -> None:
         self._large, self._upstreams = large, upstreams
+        self._begin_span, self._spans = begin_span, spans
         self._identity, self._local, self._load = identity, local, load
         self._settings = settings
         self._digest, self._writable = digest, writable
@@ -152,7 +159,9 @@ class LegServer:
     async def _serve(self, peer: str, stream: Stream, leg_request: leg_wire.LegRequest) -> None:
         admission, policy = self.admission, await self.admission.policy(peer)
         job = await self._job(peer, leg_request.task, leg_request.digest, policy)
-        job = replace(job, output=leg_request.made)
+        told = leg_request.traceparent
+        trace = self._begin_span(told) if told is not UNSET else None
+        job = replace(job, output=leg_request.made, trace=trace)
         price = self._price(job.model, leg_request)
         of_upstream = job.model.owner == OWNER
         if of_upstream and (leg_request.proof < UPSTREAM_VERSION or job.leg or job.output):
@@ -212,7 +221,7 @@ class LegServer:
             backend = upstream = self._upstreams.choose(job.model.id)
             outcome = UpstreamOutcome(self._upstreams.breaker, upstream)
         leg = ServedLeg(stream, leg_request, job, backend, self._identity, price)
-        owed = False
+        owed, failed = False, ""
         try:
             async with leg:
                 await asyncio.sleep(0)  # the engine has its request before anything else is done
@@ -222,7 +231,7 @@ class LegServer:
                     permit.proven = True
                     await leg.hear_verdict()
         except ApiError as error:
-            owed = False  # the peer is refused, and gets no more
+            owed, failed = False, error.code  # the peer is refused, and gets no more
             if outcome is not None:
                 outcome.failed(error)
             raise
@@ -237,6 +246,8 @@ class LegServer:
                     outcome.served(leg.record)
                 else:
                     self._load.measured(job.model.id, leg.record)
+            if leg.record is not None:
+                self._spans.served_for_peer(leg.record, failed)
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(permit, leg, *proven, leg_request.pays_prompt)
 

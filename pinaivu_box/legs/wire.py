@@ -68,6 +68,7 @@ Short = Annotated[str, Meta(max_length=256)]
 Shown = Annotated[str, Meta(max_length=256, pattern=NO_CONTROLS)]
 Hex32 = Annotated[str, Meta(pattern=DIGEST)]
 Hex64 = Annotated[str, Meta(pattern=SIGNATURE)]
+Traceparent = Annotated[str, Meta(pattern=whole("00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"))]
 Tag = Annotated[str, Meta(pattern=whole("[0-9a-f]{32}"))]
 Price = Annotated[str, Meta(max_length=32)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -137,7 +138,8 @@ SAMPLING_FIELDS = tuple(set(Task.__struct_fields__) & set(SamplingParams.__struc
 class LegRequest(Struct, frozen=True, tag="ask"):
     """Run it with the file of that `digest`, going on after the tokens `made`, at `prices` of 1,000
     tokens (prompt, cached, completion) or less.  Of several answers to one prompt the first
-    `pays_prompt`.  `proof` is the highest version that the coordinator reads."""
+    `pays_prompt`.  `proof` is the highest version that the coordinator reads, `traceparent` (W3C
+    Trace Context) the coordinator's span of the leg, if it tells."""
 
     task: Task
     digest: Hex32
@@ -146,6 +148,8 @@ class LegRequest(Struct, frozen=True, tag="ask"):
     currency: Annotated[str, Meta(max_length=16)]
     pays_prompt: bool = True
     proof: Version = 1
+    # Unset here and below, so that frames of others stay as they were.
+    traceparent: Traceparent | UnsetType = UNSET
 
 
 class Count(Struct, frozen=True, tag="count"):
@@ -156,7 +160,7 @@ class Count(Struct, frozen=True, tag="count"):
     digest: Hex32
     tokens: Tokens_ | None = None
     plain: bool = False
-    patient: bool | UnsetType = UNSET  # here and below: so that frames of others stay as they were
+    patient: bool | UnsetType = UNSET
 
 
 class StopLeg(Struct, frozen=True, tag="stop"):

@@ -8,6 +8,7 @@ from random import Random
 
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.request_spans import RequestSpans
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegAdmission
@@ -25,6 +26,7 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.tracing.context import TraceContext
 from pinaivu_box.upstream.upstreams import Upstreams
 
 
@@ -57,7 +59,8 @@ async def _no_debts() -> Debts:
 
 class PeerServices:
     """`policy` says what a peer may have, `recorder` gets every leg that was served for a peer or
-    by one, and `writable` raises NoNodesAvailable if nothing can be written now."""
+    by one, and `writable` raises NoNodesAvailable if nothing can be written now.  `begin_span` is
+    `Tracer.begin`."""
 
     def __init__(
         self,
@@ -71,6 +74,8 @@ class PeerServices:
         recorder: LedgerRecorder,
         writable: Callable[[], Awaitable[None]],
         upstreams: Upstreams,
+        begin_span: Callable[[str], TraceContext | None],
+        spans: RequestSpans,
     ) -> None:
         # Whoever sets the clock changes no opinion.
         began = time.time() - time.monotonic()
@@ -81,12 +86,13 @@ class PeerServices:
             identity.node_id, settings, load, placement, network.peers, network.query_load,
             breaker, self.reputation, recorder.debts, upstreams,
         )  # fmt: skip
-        peers = PeerClient(identity, network, recorder, self._large)
+        peers = PeerClient(identity, network, recorder, self._large, settings)
         self.boxes = Boxes(self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)
         self.serving = LegServer(
             identity, local, load, settings, LegAdmission(policy, recorder, load),
             placement.digest_of, writable, self._large, ServedUpstreams(upstreams, breaker),
+            begin_span, spans,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle
         network.peers_changed = self.candidates.changes.notify

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
 from msgspec import Meta, Struct, convert, msgpack
 
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, ProtocolError, Unreachable
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import tickets
@@ -104,6 +106,8 @@ class JoinHandler:
         self._identity, self._membership, self._database = identity, membership, database
         self._me = identity.node_id
         self._redeeming = asyncio.Lock()  # one newcomer at a time: uses are counted
+        self._asking: Counter[str] = Counter()  # newcomers whose requests are being answered
+        self._answers = Changes()
 
     async def found_network(self, name: str) -> None:
         """Found a network of this box alone; its own certificate tells others its name."""
@@ -168,14 +172,27 @@ class JoinHandler:
             newcomer, stream, _join_requests, receive_seconds=_JOIN_SECONDS
         )
         request = await messages.expect(JoinRequest)
+        self._asking[newcomer] += 1
         try:
             async with self._redeeming:
                 welcome, new = await self._certify(newcomer, request)
         except TicketRefused as error:
             await streams.refuse(stream, Code.FORBIDDEN, str(error))
             return []
+        finally:
+            self._asking[newcomer] -= 1
+            self._asking += Counter()  # drops those at 0
+            self._answers.notify()
         await messages.end_with(welcome)  # if that is lost, it is a member and may ask again
         return new
+
+    async def answered(self, newcomer: str) -> bool:
+        """Wait for the answer to a newcomer whose request has come, as long as it waits itself;
+        returns whether there was one to wait for."""
+        if newcomer not in self._asking:
+            return False
+        await self._answers.until(lambda: newcomer not in self._asking, _JOIN_SECONDS)
+        return True
 
     async def _certify(self, newcomer: str, request: JoinRequest) -> tuple[Welcome, list[Record]]:
         """Make a newcomer a member.  Raises TicketRefused."""

@@ -270,7 +270,10 @@ class Network:
         self._spawn(link.close(code, why))
 
     async def _close_without_gossip(self, link: Link) -> None:
+        """A newcomer cannot begin it before it is certified, which takes long on a busy disk."""
         await asyncio.sleep(GOSSIP_START_SECONDS)
+        if await self._join_handler.answered(link.peer):
+            await asyncio.sleep(GOSSIP_START_SECONDS)
         if link not in self._channels:
             self._reject(link)
 

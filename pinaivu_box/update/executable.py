@@ -20,6 +20,7 @@ from typing import BinaryIO
 from pinaivu_box import appended
 from pinaivu_box.errors import UpdateFailed
 
+_PREVIOUS = ".previous"
 _CLONE = Path(__file__).parents[2] / "pinaivu.spec"
 _TRIAL_SECONDS = 120.0  # a slow disk takes its time to unpack a program
 _LEFT_OVER_SECONDS = 86400.0
@@ -36,6 +37,11 @@ def own() -> Path:
     raise UpdateFailed("This was installed by pip: run 'pip install --upgrade pinaivu-box'.")
 
 
+def current(executable: Path) -> Path:
+    """The executable that was updated: itself, unless it is the one before."""
+    return executable.with_name(executable.name.removesuffix(_PREVIOUS))
+
+
 def variant(executable: Path) -> str:
     """The backend for GPUs that it carries as a payload, "" without one."""
     return next(iter(appended.payload_names(executable)), "")
@@ -43,7 +49,7 @@ def variant(executable: Path) -> str:
 
 def previous(executable: Path) -> Path:
     """Where the one before is kept."""
-    return executable.with_name(f"{executable.name}.previous")
+    return executable.with_name(f"{executable.name}{_PREVIOUS}")
 
 
 def replace(executable: Path, version: str, write: Callable[[BinaryIO], None]) -> None:
@@ -56,7 +62,7 @@ def replace(executable: Path, version: str, write: Callable[[BinaryIO], None]) -
         _remove_left_over(executable)
         with new.open("wb") as out:
             write(out)
-        new.chmod(0o755)
+        _belong_as(executable, new)
         if (found := version_of(new)) != version:
             raise UpdateFailed(
                 f"The new executable is {found}, not {version}: nothing was changed."
@@ -75,7 +81,7 @@ def roll_back(executable: Path) -> str:
         raise UpdateFailed(f"There is no {before}: nothing was updated here, or it was removed.")
     with _explained(executable), _beside(executable) as new:
         shutil.copyfile(before, new)
-        new.chmod(0o755)
+        _belong_as(executable, new)
         version = version_of(new)
         _keep(executable)
         new.replace(executable)
@@ -102,6 +108,14 @@ def version_of(executable: Path) -> str:
         said = (done.stderr.strip() or done.stdout.strip()).split("\n")[0][:200]
         raise UpdateFailed(f"The new executable does not run here ({said}): nothing was changed.")
     return version
+
+
+def _belong_as(executable: Path, new: Path) -> None:
+    """Give the new file mode, group and (as root) owner of the executable."""
+    found = executable.stat()
+    with contextlib.suppress(PermissionError):  # a group that this user is not in
+        os.chown(new, found.st_uid if os.geteuid() == 0 else -1, found.st_gid)
+    new.chmod(found.st_mode & 0o777)
 
 
 def _keep(executable: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 MOST_GROWTH = 0.02
+_GRAVE = (["warning"], ["error"])  # of a log line, the second word
 _KILOBYTES = ("Rss", "Pss", "Anonymous")  # fields of smaps_rollup
 
 
@@ -30,12 +34,15 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     cpu_seconds: float
 
 
-class FileSizes(msgspec.Struct, frozen=True, array_like=True):
-    """The bytes of a database and of its WAL."""
+class DiskSample(msgspec.Struct, frozen=True, array_like=True):
+    """The bytes of a database and of its WAL, in how many seconds the script itself wrote a small
+    file beside them, and the machine's load of the last minute."""
 
     at: float
     database: int
     wal: int
+    write_seconds: float
+    load: float
 
 
 class Growth(NamedTuple):
@@ -88,10 +95,16 @@ def left_open(before: Counter[str], after: Counter[str]) -> dict[str, int]:
     return dict(after - before)
 
 
-def sizes(database: Path, at: float) -> FileSizes:
+def disk(database: Path, at: float) -> DiskSample:
     wal = database.with_name(database.name + "-wal")
-    found = [path.stat().st_size if path.exists() else 0 for path in (database, wal)]
-    return FileSizes(round(at, 1), *found)
+    sizes = [path.stat().st_size if path.exists() else 0 for path in (database, wal)]
+    began = time.monotonic()
+    with tempfile.TemporaryFile(dir=database.parent.parent) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+    took, load = round(time.monotonic() - began, 3), round(os.getloadavg()[0], 1)
+    return DiskSample(round(at, 1), sizes[0], sizes[1], took, load)
 
 
 def growth(samples: Sequence[Sample], field: str = "rss") -> Growth | None:
@@ -127,21 +140,39 @@ def children(pid: int) -> Iterator[int]:
 
 class Answers(msgspec.Struct):
     """How the requests of clients ended: `answered` and `cut` (whose client left) have the ids that
-    the client saw; `refused` and `failed` the reasons; `lost` what should not happen."""
+    the client saw; `refused` the reasons why others were not served, and `turned_away` those of
+    them that somebody could have served; `lost` what should not happen.  `failed_ids` are of those
+    that ended in the middle."""
 
     sent: int = 0
     answered: set[str] = msgspec.field(default_factory=set)
     cut: set[str] = msgspec.field(default_factory=set)
     cut_early: int = 0  # before there was an id
     refused: Counter[str] = msgspec.field(default_factory=Counter)
-    failed: Counter[str] = msgspec.field(default_factory=Counter)
+    turned_away: Counter[str] = msgspec.field(default_factory=Counter)
     failed_ids: set[str] = msgspec.field(default_factory=set)
     lost: list[str] = msgspec.field(default_factory=list)
 
     @property
     def accounted(self) -> int:
         ended = len(self.answered) + len(self.cut) + self.cut_early + len(self.lost)
-        return ended + self.refused.total() + self.failed.total()
+        return ended + self.refused.total() + self.turned_away.total()
+
+
+def plain(message: str) -> str:
+    """A message without its numbers and ids, so that those of one kind are counted together.
+
+    >>> plain("node_1a2b3c4d stalled: nothing came for 4.0 s")
+    'node_N stalled: nothing came for N s'
+    """
+    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"(?<=_)[0-9a-z]{8,64}\b", "N", message))[:200]
+
+
+def warnings(log: str, most: int = 20) -> Counter[str]:
+    """The warnings and errors in the log of a box, by their text; the most frequent ones."""
+    lines = (line.split(maxsplit=2) for line in log.splitlines())
+    texts = (f"{words[1]} {plain(words[2])}" for words in lines if words[1:2] in _GRAVE)
+    return Counter(dict(Counter(texts).most_common(most)))
 
 
 def wrong_receipts(answers: Answers, receipts: set[str]) -> list[str]:

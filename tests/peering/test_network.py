@@ -25,6 +25,7 @@ from pinaivu_box.network import network
 from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
+from pinaivu_box.store.database import SqlStatement
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import LinkManager
@@ -73,6 +74,30 @@ async def test_a_ticket_names_the_newcomer_and_makes_it_an_admin(group: SiteGrou
     await peer_settings.edit(group.sites[0].database, two.node_id, BOX, name="den", limits={})
     await one.renamed()
     assert one.peer("den").node_id == two.node_id
+
+
+async def test_the_link_of_a_newcomer_stays_while_the_inviters_disk_is_slow(
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = [await group.box(name) for name in ("one", "two")]
+    ticket = await one.invite()
+    monkeypatch.setattr(network, "GOSSIP_START_SECONDS", 0.05)
+    database, waiting, goes_on = group.sites[0].database, asyncio.Event(), asyncio.Event()
+    write = database.write
+
+    async def slow(*statements: SqlStatement) -> list[int]:
+        waiting.set()
+        await goes_on.wait()
+        return await write(*statements)
+
+    monkeypatch.setattr(database, "write", slow)
+    joining = asyncio.create_task(two.join(ticket))
+    await soon(waiting.wait())
+    await asyncio.sleep(0.5)  # in which the link would have been closed
+    monkeypatch.setattr(network, "GOSSIP_START_SECONDS", 10.0)
+    goes_on.set()
+    assert (await soon(joining)).name == "one"
+    await wait_until(lambda: states(one) == {"two": "connected"})
 
 
 @pytest.mark.parametrize("deed", ["invite", "join", "revoke", "leave"])

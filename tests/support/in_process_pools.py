@@ -22,6 +22,7 @@ from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.records import ChoiceRecord
+from pinaivu_box.gateway.request_spans import RequestSpans
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
@@ -155,6 +156,8 @@ class PoolNode:
             self.books,  # type: ignore[arg-type]
             self._writable,
             self.upstreams,
+            lambda _: None,
+            RequestSpans(self.node_id, lambda _: None, lambda _: None),
         )
         everybody[self.node_id] = self
 

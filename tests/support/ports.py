@@ -1,27 +1,55 @@
-"""Ports that are free."""
+"""Ports that are free, and stay so for this process."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack
 
 from pinaivu_box.transport.iroh_transport import has_ipv6
 
+_PORTS = 1_000  # for each worker of the tests
 _ports = itertools.count()
+_kept: list[socket.socket] = []  # until this process ends
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
     """Of UDP unless another kind is asked for; one that stays, so that who starts again is found
-    there: none that the kernel gives to whoever asks for any, nor another worker's of the tests."""
+    there: none that the kernel gives to whoever asks for any, nor one that another call has got, in
+    whatever process.  The port of the same number of the other kind is taken as a sign of that."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    while True:
-        port = 20_000 + 1_000 * (worker % 12) + next(_ports) % 1_000
-        with suppress(OSError):
-            for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-                if family == socket.AF_INET6 and not has_ipv6():
-                    continue
-                with socket.socket(family, kind) as trial:
-                    trial.bind((host, port))
+    other = socket.SOCK_STREAM if kind == socket.SOCK_DGRAM else socket.SOCK_DGRAM
+    for number in itertools.islice(_ports, _PORTS):
+        port = 20_000 + _PORTS * (worker % 12) + number % _PORTS
+        sign = _bound(socket.AF_INET, other, port)
+        if sign is None:
+            continue
+        if _is_free(kind, port):
+            _kept.append(sign)
             return port
+        sign.close()
+    raise OSError(f"None of the {_PORTS} ports of this worker is free.")
+
+
+def _is_free(kind: socket.SocketKind, port: int) -> bool:
+    families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
+    with ExitStack() as trials:
+        for family in families:
+            if (trial := _bound(family, kind, port)) is None:
+                return False
+            trials.enter_context(trial)
+    return True
+
+
+def _bound(
+    family: socket.AddressFamily, kind: socket.SocketKind, port: int
+) -> socket.socket | None:
+    """A socket of that port on the loopback; None if another has it."""
+    bound = socket.socket(family, kind)
+    try:
+        bound.bind(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+    except OSError:
+        bound.close()
+        return None
+    return bound

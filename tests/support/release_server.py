@@ -49,6 +49,10 @@ class ReleaseServer:
         self._latest = version
         return made
 
+    def replace(self, version: str, files: ReleasedFiles) -> None:
+        """Have other files in the place of those of a release."""
+        self._releases[version] = files
+
     def file(self, path: str) -> bytes | None:
         match path.strip("/").split("/"):
             case ["releases", "latest", "download", name]:

@@ -1,4 +1,4 @@
-"""A command of `pinaivu` at a terminal that a test types into."""
+"""A command at a terminal that a test types into."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tests.support.process_box import PINAIVU, environment
 _SECONDS = 240.0  # against hanging, no claim about speed
 _SIZES = ("COLUMNS", "LINES")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[()][A-Z0-9]|[=>])")
-CTRL_C, CTRL_D = "\x03", "\x04"
+CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 
 
-class Terminal:
+class CommandTerminal:
     """`shown` is what it has printed so far, without colours and movements of the cursor."""
 
-    def __init__(self, *args: str, home: Path, columns: int = 80, **env: str) -> None:
+    def __init__(self, *command: str, columns: int = 80, **env: str) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         kept = {name: value for name, value in environment(**env).items() if name not in _SIZES}
         self.process = subprocess.Popen(
-            [*PINAIVU, *args, "--home", str(home)],
+            command,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -89,3 +89,10 @@ class Terminal:
             data = os.read(self._ours, 65536)
         self._raw += data
         return bool(data)
+
+
+class Terminal(CommandTerminal):
+    """A command of `pinaivu`."""
+
+    def __init__(self, *args: str, home: Path, columns: int = 80, **env: str) -> None:
+        super().__init__(*PINAIVU, *args, "--home", str(home), columns=columns, **env)
