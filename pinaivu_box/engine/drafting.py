@@ -34,6 +34,7 @@ _TRIAL_INTERVAL = 32  # steps, after drafts that did not pay
 # What loses more than so many plain steps was an accident, such as another program's work.
 _MAX_LOST_STEPS = 2
 _TRIAL = ModelDraft(rows=1, count=3)
+_FEW = 4  # sequences
 _MIN_MORE_TOKENS = 32  # that an answer goes on for, it is expected, or as long as it is already
 
 
@@ -114,9 +115,14 @@ class Drafting:
         if self._model_wants(running):
             return True
         drafting = [(s.drafter, s.tokens) for s in running if s.drafter is not None]
-        if not drafting or not self._pays(len(running), 1.0):
+        # Of few it is found sooner that none repeats anything than whether a draft could pay.
+        if len(drafting) > _FEW and not self._pays(len(running), 1.0):
             return False  # however good the draft were
-        return any(self._pays(len(running), drafter.match(tokens)) for drafter, tokens in drafting)
+        for drafter, tokens in drafting:
+            rate = drafter.match(tokens)
+            if rate and self._pays(len(running), rate):
+                return True
+        return False
 
     def drafts(self, sequences: abc.Sequence[Sequence], room: int) -> dict[Sequence, list[int]]:
         """Tokens to check after the next ones of these sequences, which all decode, for those that
@@ -137,6 +143,8 @@ class Drafting:
 
     def observe(self, seconds: float) -> None:
         """Note that the step was computed in so many seconds."""
+        if self._model is None:
+            return
         for allowance in (self.for_drafts, self.for_reading):
             allowance.add(_LOSS_SHARE)
         last = self._last

@@ -23,7 +23,7 @@ from pinaivu_box.engine.messages import (
     ReplayedToken,
     TokenLogprob,
 )
-from pinaivu_box.engine.output import NO_LOGITS, SequenceOutput, StepOutput
+from pinaivu_box.engine.output import NO_LOGITS, Logits, SequenceOutput, StepOutput
 from pinaivu_box.engine.prefix_cache import PRIVATE
 from pinaivu_box.engine.replay import Replay, ReplayedStep
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
@@ -101,6 +101,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do or to report."""
+        if self._steady is not None:
+            return True
         computable = self.scheduler and not self._stalled
         return bool(computable or self.embeddings or self._outputs or self._refused)
 
@@ -463,7 +465,7 @@ class Engine:
         self,
         sequence: Sequence,
         tokens: list[int],
-        raw: Float32,
+        raw: Logits,
         *,
         first: bool,
         logprobs: abc.Sequence[TokenLogprob] = (),

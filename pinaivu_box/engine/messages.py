@@ -498,7 +498,7 @@ class Output(_Addressed, Struct, array_like=True, dict=True):
     vectors: list[bytes] = []  # little-endian float32; all of an Embed's, with its end
 
 
-class EngineLoad(Struct, frozen=True):
+class EngineLoad(Struct, frozen=True, array_like=True):
     """How busy the engine is, after a step.  `kv_used` (by running sequences) and `kv_cached` (left
     by finished ones, and free when needed) in tokens.  Of the drafted tokens some were accepted."""
 
@@ -555,9 +555,9 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 LENGTH_BYTES = _LENGTH.size
 
 
-def body_length(header: bytes) -> int:
-    """The length of the frame after `header`.  Raises ValueError if it is too large."""
-    (length,) = _LENGTH.unpack(header)
+def body_length(header: bytes | bytearray) -> int:
+    """The length of the frame that `header` begins.  Raises ValueError if it is too large."""
+    (length,) = _LENGTH.unpack_from(header)
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes is larger than {MAX_FRAME_BYTES}")
     return int(length)

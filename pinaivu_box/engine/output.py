@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.messages import (
@@ -25,6 +26,7 @@ from pinaivu_box.engine.numbers_digest import NumbersDigest
 from pinaivu_box.engine.request_preparer import PreparedRequest
 from pinaivu_box.engine.runner import Float32
 
+Logits = Sequence[np.float32] | Float32  # of tokens, one each
 NO_LOGITS: Float32 = np.empty(0, np.float32)
 _MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 
@@ -47,14 +49,13 @@ class SequenceOutput:
     cached_tokens: int | None = None
     shifted_tokens: int = 0
     logprobs: Sequence[TokenLogprob] = ()
-    logits: Float32 = field(default_factory=lambda: NO_LOGITS)
+    logits: Logits = field(default_factory=lambda: NO_LOGITS)
     vectors: list[bytes] = field(default_factory=list)
     replayed: Sequence[ReplayedToken] = ()
     prompt_logprobs: Sequence[TokenLogprob] = ()
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(Struct, frozen=True):
     """The output of a step, and what has happened since the one before.
 
     `plain` is the output of a step without a plan: ids, and one token for each, none of which ends
@@ -63,7 +64,7 @@ class StepOutput:
 
     sequences: Sequence[SequenceOutput]
     load: EngineLoad
-    plain: tuple[list[str], list[int], Float32] = ([], [], NO_LOGITS)
+    plain: tuple[list[str], list[int], Logits] = ([], [], NO_LOGITS)
     refused: Sequence[Refused] = ()
 
 

@@ -113,6 +113,11 @@ class Sampler:
         # What was adjusted in the last draw, by row: ids, and their logits before that.
         self._before: dict[int, tuple[Ids, Float32]] = {}
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or biases change logits before a draw."""
+        return bool(self._adjusted)
+
     def draw(
         self, logits: Float32, positions: Positions, windows: Sequence[PenaltyWindow] = ()
     ) -> list[int]:

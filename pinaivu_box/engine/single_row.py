@@ -42,14 +42,17 @@ def _candidates(logits: Float32, k: int) -> tuple[list[int], list[float]]:
     # columns' best ones, and they are in the columns whose best one does.
     grid = logits[:whole].reshape(rows, _COLUMNS)
     peaks = grid.max(axis=0)
-    floor = np.partition(peaks, _COLUMNS - k)[_COLUMNS - k]
-    columns = np.flatnonzero(peaks >= floor)
+    # Methods, since numpy's functions pass several of Python before they call them.
+    ordered = peaks.copy()
+    ordered.partition(_COLUMNS - k)
+    floor = ordered[_COLUMNS - k]
+    columns = (peaks >= floor).nonzero()[0]
     inside = grid.take(columns, axis=1).ravel()
-    at = np.flatnonzero(inside >= floor)
+    at = (inside >= floor).nonzero()[0]
     values, count, chosen = inside.take(at).tolist(), len(columns), columns.tolist()
     ids = [n // count * _COLUMNS + chosen[n % count] for n in at.tolist()]
     if whole < len(logits):
-        rest = np.flatnonzero(logits[whole:] >= floor) + whole
+        rest = (logits[whole:] >= floor).nonzero()[0] + whole
         ids += rest.tolist()
         values += logits.take(rest).tolist()
     # Stable: of equals the lower id is first.

@@ -6,12 +6,16 @@ step.  Here a step is: the drawn tokens in, positions plus one, decode, draw.
 
 from __future__ import annotations
 
+from collections import abc
+
 import numpy as np
 
 from pinaivu_box.engine.runner import Batch, Float32
 from pinaivu_box.engine.sampling import PenaltyWindow, Sampler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.top_k import Ids
+
+_FEW = 4  # rows
 
 
 class SteadySteps:
@@ -28,6 +32,8 @@ class SteadySteps:
         self._tokens = [sequence.tokens for sequence in sequences]
         self._rows = np.arange(len(sequences))
         self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
+        # Of few rows that are not adjusted, the logits are as the model gave them.
+        self._few_plain = len(sequences) <= _FEW and not self._sampler.adjusts
         self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
         # Those of all steps at once: in each step it would take longer than what it is for.
         positions = np.array([sequence.length for sequence in sequences])
@@ -39,7 +45,7 @@ class SteadySteps:
             [1] * len(sequences),
         )
 
-    def draw(self, logits: Float32) -> tuple[list[int], Float32]:
+    def draw(self, logits: Float32) -> tuple[list[int], abc.Sequence[np.float32] | Float32]:
         """Append and return each sequence's next token, drawn from the logits of `batch`; and that
         token's logit as the model gave it."""
         batch, sequences, positions = self.batch, self.sequences, self.batch.positions
@@ -54,4 +60,6 @@ class SteadySteps:
             sequence.computed += 1
         self.steps += 1
         self.left -= 1
+        if self._few_plain:
+            return drawn, [row[token] for row, token in zip(logits, drawn, strict=True)]
         return drawn, self._sampler.raw(logits, self._rows, drawn)

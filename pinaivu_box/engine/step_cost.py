@@ -59,7 +59,10 @@ class StepCostModel:
             self._rows[rows] = now = _learned(known, seconds)
             if rows <= _MAX_FITTED_ROWS:
                 self._line.put(rows, known, now)
-            self._forget_old(rows)
+            self._recent.add(rows)
+            self._observed += 1
+            if self._observed % _FORGET_STEPS == 0:
+                self._forget_old()
             return
         each = max(seconds - self.seconds(rows), 0.1 * seconds) / prompt_tokens
         self._prompt_token = _learned(self._prompt_token, each)
@@ -173,17 +176,14 @@ class StepCostModel:
             return self.seconds(rows)
         return self._rows[largest] + (rows - largest) * min(self._slope(), self._prompt_token)
 
-    def _forget_old(self, rows: int) -> None:
+    def _forget_old(self) -> None:
         """Forget numbers of rows that have not come for long: they may have been outliers."""
-        self._recent.add(rows)
-        self._observed += 1
-        if self._observed % _FORGET_STEPS == 0:
-            self._rows = {n: s for n, s in self._rows.items() if n in self._recent}
-            self._recent.clear()
-            self._line = _Line()
-            for n, s in self._rows.items():
-                if n <= _MAX_FITTED_ROWS:
-                    self._line.put(n, None, s)
+        self._rows = {n: s for n, s in self._rows.items() if n in self._recent}
+        self._recent.clear()
+        self._line = _Line()
+        for n, s in self._rows.items():
+            if n <= _MAX_FITTED_ROWS:
+                self._line.put(n, None, s)
 
     def _slope(self) -> float:
         """Seconds that one more row adds, as far as was observed."""

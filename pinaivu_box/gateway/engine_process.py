@@ -259,7 +259,7 @@ class EngineProcess:
 
     def _take(self, loaded: asyncio.Future[Ready], frames: Sequence[FromEngine]) -> None:
         self._messages += len(frames)
-        for frame in joined(frames):
+        for frame in joined(frames) if len(frames) > 1 else frames:
             if isinstance(frame, StepFrame):
                 self._take_step(frame)
             else:
@@ -268,6 +268,14 @@ class EngineProcess:
     def _take_step(self, frame: StepFrame) -> None:
         self.load = frame.load
         self.throughput.note(frame.load.tokens_computed)
+        if frame.prompts or frame.refused or frame.numbers or frame.replayed:
+            self._take_beginnings_and_ends(frame)
+        receiver_of = self._receivers.get
+        for request_id, output in frame.outputs.items():
+            if (receive := receiver_of(request_id)) is not None:
+                receive(output)
+
+    def _take_beginnings_and_ends(self, frame: StepFrame) -> None:
         for request_id, prompt in frame.prompts.items():
             self._deliver(request_id, prompt)
         for refused in frame.refused:
@@ -276,10 +284,6 @@ class EngineProcess:
             frame.outputs[request_id].numbers = numbers  # it has ended with that output
         for request_id, replayed in frame.replayed.items():
             frame.outputs[request_id].replayed = replayed
-        receiver_of = self._receivers.get
-        for request_id, output in frame.outputs.items():
-            if (receive := receiver_of(request_id)) is not None:
-                receive(output)
 
     def _handle(self, frame: FromEngine, loaded: asyncio.Future[Ready]) -> None:
         match frame:

@@ -16,7 +16,7 @@ from pinaivu_box.engine.messages import (
     decode_from_engine,
 )
 
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16  # what a pipe holds
 
 
 class FramePipe:
@@ -47,6 +47,9 @@ class FramePipe:
         except BlockingIOError:
             return
         try:
+            if not self._unread and _is_one_frame(data):  # the usual case, once a step
+                self._take([decode_from_engine(data[LENGTH_BYTES:])])
+                return
             self._unread += data
             if frames := self._whole_frames():
                 self._take(frames)
@@ -61,7 +64,7 @@ class FramePipe:
         size = len(unread)
         while size - position >= LENGTH_BYTES:
             begin = position + LENGTH_BYTES
-            end = begin + body_length(bytes(unread[position:begin]))
+            end = begin + body_length(unread[position:begin])
             if end > size:
                 break
             frames.append(decode_from_engine(bytes(unread[begin:end])))
@@ -76,6 +79,10 @@ class FramePipe:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(error)
+
+
+def _is_one_frame(data: bytes) -> bool:
+    return len(data) > LENGTH_BYTES and body_length(data) == len(data) - LENGTH_BYTES
 
 
 def joined(frames: Sequence[FromEngine]) -> Sequence[FromEngine]:

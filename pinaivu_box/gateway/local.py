@@ -156,7 +156,7 @@ class _Items:
         if self.last.done():  # cancelled, say
             return
         try:
-            self._take(_event(item))
+            self._take(item if isinstance(item, Output) else _event(item))
         except Exception as error:
             self.last.set_exception(error)
             return
@@ -187,7 +187,7 @@ def request_of(job: Job, sampling: Sampling) -> Add | Embed:
 
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
-    if isinstance(item, Output | Prompt):
+    if isinstance(item, Prompt):
         return item
     raise _error(item)
 

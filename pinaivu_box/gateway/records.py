@@ -71,7 +71,7 @@ class LegRecord:
     def take(self, event: Prompt | Counted | Output | Proved) -> None:
         """Record the next event of the leg."""
         if isinstance(event, Output):
-            self._take_output(event)
+            self.take_output(event)
         elif isinstance(event, Proved):
             self.proved = event
         elif isinstance(event, Counted):
@@ -79,7 +79,8 @@ class LegRecord:
         else:
             self.prompt = event.tokens
 
-    def _take_output(self, output: Output) -> None:
+    def take_output(self, output: Output) -> None:
+        """Record what was made since the last one."""
         self._heard = time.monotonic()
         self.tokens += output.tokens
         self.text.append(output.text)

@@ -222,7 +222,8 @@ class Request:
         if isinstance(event, Output):
             if self.record.ttft_ms is None or event.queue_ms is not None:
                 self.record.take(event)
-            self._say(event)
+            if self._refused is None:  # as `_say`, once a token
+                self.events.put(event)
         elif isinstance(event, Prompt) and len(choice.served) == 1:
             self._say(_started(choice, event))
 

@@ -17,12 +17,14 @@ class Throughput:
             maxlen=round(_WINDOW_SECONDS / _SAMPLE_SECONDS) + 1
         )
         self._last = 0.0, 0
+        self._next_sample = 0.0
 
     def note(self, tokens: int) -> None:
         now = time.monotonic()
         self._last = now, tokens
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_SECONDS:
+        if now >= self._next_sample:
             self._samples.append(self._last)
+            self._next_sample = now + _SAMPLE_SECONDS
 
     @property
     def tokens_per_s(self) -> float:

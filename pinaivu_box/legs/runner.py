@@ -82,7 +82,7 @@ class LegRun:
             job = job.as_leg()
             leg = self._runner.local.start(job)
             attempt = self.attempt(ChosenBox(self._runner.node_id, leg, job))
-            attempt.deliver_to(self._deliver)
+            attempt.deliver_to(self._deliver, self._take)
             try:
                 return await attempt.run()
             finally:
@@ -91,7 +91,7 @@ class LegRun:
         try:
             chosen = await _BoxSearch(self, boxes, job).first_to_answer()
             await self._leave_all_but(chosen)
-            chosen.deliver_to(self._deliver)
+            chosen.deliver_to(self._deliver, self._take)
             return await chosen.task
         finally:
             if chosen is not None:
@@ -142,6 +142,7 @@ class LegAttempt:
         self, box: ChosenBox, earlier: Extras | None, failed: Callable[[FailedLeg], None]
     ) -> None:
         self.box, self.leg = box, box.leg
+        self._choice = box.job.choice
         self._failed = failed
         self.outcome: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
@@ -153,15 +154,17 @@ class LegAttempt:
         self._earlier = earlier
         self._kept: list[Event] = []
         self._deliver: Deliver = lambda record, event: self._kept.append(event)
+        self._deliver_more: Callable[[Event], None] = self._kept.append
 
     def begin(self) -> None:
         """Run in a task of its own."""
         self.task = asyncio.create_task(self.run())
         self.task.add_done_callback(ignore_exception)
 
-    def deliver_to(self, deliver: Deliver) -> None:
-        """What was kept, and what comes."""
-        self._deliver = deliver
+    def deliver_to(self, deliver: Deliver, deliver_more: Callable[[Event], None]) -> None:
+        """What was kept, and what comes; outputs after the first, up to the last, go to
+        `deliver_more`, which is the shorter way."""
+        self._deliver, self._deliver_more = deliver, deliver_more
         for event in self._kept:
             assert self.record is not None  # it has begun
             deliver(self.record, event)
@@ -198,6 +201,13 @@ class LegAttempt:
 
     def _take(self, event: Event) -> None:
         record = self.record
+        if self._has_answered and isinstance(event, Output) and event.finish_reason is None:
+            assert record is not None  # once a token
+            record.take_output(event)
+            if self._choice:
+                event.choice = self._choice
+            self._deliver_more(event)
+            return
         if isinstance(event, Started):
             box = self.box
             record = LegRecord(box.job, event, self._earlier, box.route, box.header)
@@ -208,8 +218,8 @@ class LegAttempt:
         if not isinstance(event, Output):
             self._deliver(record, event)
             return
-        if record.job.choice:
-            event.choice = record.job.choice
+        if self._choice:
+            event.choice = self._choice
         if event.finish_reason is not None:
             self._finish_reason = event.finish_reason
             self.box.served(record)

@@ -9,7 +9,15 @@ from msgspec import UNSET
 from pinaivu_box.engine.messages import Output
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
+from pinaivu_box.openai.reader import (
+    Arguments,
+    ParsedCall,
+    ParsedOutput,
+    Piece,
+    Reader,
+    Reasoning,
+    Text,
+)
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.tools import custom_names
 from pinaivu_box.openai.types import (
@@ -122,6 +130,14 @@ class _ChatAnswer:
         return ChatCompletion(**{**self._fields, **last_fields(self._end), "choices": choices})
 
     def encode(self, event: RequestEvent) -> bytes:
+        if (
+            isinstance(event, Output)
+            and not isinstance(event, ParsedOutput)
+            and event.finish_reason is None
+            and not event.logprobs
+            and self._choices[event.choice].reader.passes
+        ):  # once a token
+            return self._text_chunk(event.choice, event.text) if event.text else b""
         match event:
             case ChoiceStarted():
                 self._begin(event)
@@ -130,18 +146,12 @@ class _ChatAnswer:
                 self._around_text[event.choice] = before, after
                 return self._chunk(event.choice, {"role": "assistant", "content": ""})
             case Output():
-                return self._chunks_of(event)
+                reader, logprobs = self._choices[event.choice].reader, _logprobs(event)
+                return self._chunks(event.choice, reader.read(event), logprobs)
             case Finished():
                 return self._last_chunks(event)
             case Failed(error):
                 return encode_event(error_responses.event(error))
-
-    def _chunks_of(self, output: Output) -> bytes:
-        reader, logprobs = self._choices[output.choice].reader, output.logprobs
-        plain = type(output) is Output and reader.passes and output.finish_reason is None
-        if plain and not logprobs:
-            return self._text_chunk(output.choice, output.text) if output.text else b""
-        return self._chunks(output.choice, reader.read(output), _logprobs(output))
 
     def _text_chunk(self, choice: int, text: str) -> bytes:
         before, after = self._around_text[choice]

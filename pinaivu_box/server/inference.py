@@ -297,9 +297,9 @@ class InferenceCall:
         writer, mailbox = chunk_writer(self.request.scope), self.running.events
 
         def write(event: RequestEvent) -> bool:
-            if writer is None or not isinstance(event, Output) or event.finish_reason is not None:
+            if not isinstance(event, Output) or event.finish_reason is not None:
                 return False
-            if not writer.ready:
+            if writer is None or not writer.ready:
                 return False
             try:
                 data = encode(event)
