@@ -14,6 +14,8 @@ import msgspec
 import pytest
 
 from pinaivu_box.receipts import verify_transcript
+from pinaivu_box.receipts.commitment import Opening
+from pinaivu_box.receipts.given_transcript import TranscriptDocument
 from pinaivu_box.receipts.receipt import (
     EngineBuild,
     Price,
@@ -24,14 +26,25 @@ from pinaivu_box.receipts.receipt import (
     TokenUsage,
     UpstreamLeg,
 )
+from pinaivu_box.receipts.transcript import (
+    CommittedTranscript,
+    LegTranscript,
+    PromptTranscript,
+)
 from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
-from tests.support import receipt_vectors, third_verifier
+from tests.support import (
+    receipt_vectors,
+    third_transcript_verifier,
+    third_verifier,
+    transcript_vectors,
+)
 from tests.support.in_process_command import run_command
 from tests.support.keys import known_identity
 from tests.support.log_vectors import WITNESSES, document, entry_proof_of
 from tests.support.receipt_mutations import flips, rewritten
 
 EXPECTED: dict[str, list[str]] = json.loads(receipt_vectors.EXPECTED.read_text())
+OF_TRANSCRIPTS: dict[str, list[str]] = json.loads(transcript_vectors.EXPECTED.read_text())
 PAGE = third_verifier.PAGE.read_text()
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The document": ReceiptView,
@@ -42,6 +55,11 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "The proof": Proof,
     "An engine": EngineBuild,
     "Legs of upstreams": UpstreamLeg,
+    "An opening": Opening,
+    "The answer": TranscriptDocument,
+    "A transcript": CommittedTranscript,
+    "A transcript prompt": PromptTranscript,
+    "A transcript leg": LegTranscript,
 }
 KEYS = tuple(witness.node_id for witness in WITNESSES)
 
@@ -92,6 +110,16 @@ def test_it_needs_a_log_and_a_key_that_are_asked_for() -> None:
     assert third_verifier.verdicts(data, node_key=KEYS[0])[-1] == ("trusted key", False)
 
 
+@pytest.mark.parametrize("name", OF_TRANSCRIPTS)
+def test_it_judges_transcripts_as_is_expected(name: str) -> None:
+    given = json.loads((transcript_vectors.FOLDER / f"{name}.json").read_text())
+    document = (given["receipt"].encode(), given["transcript"].encode(), given["secret"])
+    found = third_transcript_verifier.with_transcript(*document)
+    assert [check for check, ok in found if not ok] == OF_TRANSCRIPTS[name]
+    expected = transcript_vectors.by_command(*document)
+    assert found == [(check.name, check.ok) for check in expected]
+
+
 # -- the page ------------------------------------------------------------------------------------
 
 
@@ -107,7 +135,8 @@ def test_each_field_is_in_its_table(title: str) -> None:
         elif absent == "absent":
             assert field.default is msgspec.UNSET, name
         else:
-            assert json.loads(absent) == field.default, name
+            made = () if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+            assert json.loads(absent) in (field.default, made), name
 
 
 def test_each_check_is_described() -> None:
@@ -119,6 +148,12 @@ def test_each_check_is_described() -> None:
     assert made | {"trusted key"} == described
     failing = {re.sub("[0-9]+", "N", name) for names in EXPECTED.values() for name in names}
     assert described - failing == {"log", "trusted key"}, "no vector fails at these"
+
+
+def test_each_check_of_a_transcript_is_described() -> None:
+    described = {row[0].strip("`") for row in third_verifier.TABLES["The checks of a transcript"]}
+    found = [re.sub("[0-9]+", "N", name) for names in OF_TRANSCRIPTS.values() for name in names]
+    assert set(found) - {"proof N"} == described == {"transcript", "transcript N"}
 
 
 @pytest.mark.parametrize("name", ["prompt", "output", "log-probabilities", "vectors"])
@@ -170,3 +205,6 @@ def test_the_commands_about_the_log_are_run(tmp_path: Path) -> None:
 def test_it_imports_nothing_of_what_it_is_compared_with() -> None:
     source = Path(third_verifier.__file__).read_text()
     assert not re.search(r"^\s*(from|import) (pinaivu_box|tests)", source, re.MULTILINE)
+    source = Path(third_transcript_verifier.__file__).read_text()
+    modules = re.findall(r"^\s*(?:from|import) ((?:pinaivu_box|tests)\S*)", source, re.MULTILINE)
+    assert modules == ["tests.support.third_verifier"]

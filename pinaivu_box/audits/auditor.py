@@ -20,7 +20,12 @@ from pinaivu_box.errors import ApiError, ContextOverflow, EngineLost
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.receipts.audit import LegAudit, judge, not_auditable
 from pinaivu_box.receipts.receipt import Proof
-from pinaivu_box.receipts.transcript import PromptTranscript, RequestTranscript, mismatch
+from pinaivu_box.receipts.transcript import (
+    PromptTranscript,
+    RequestTranscript,
+    miscount,
+    mismatch,
+)
 
 
 async def audit_legs(
@@ -80,7 +85,7 @@ def _impossible(engine: EngineProcess, transcript: RequestTranscript, proof: Pro
     for name, tokens in (("prompt", prompt.tokens), ("output", made.tokens)):
         if known and max(tokens, default=0) >= known:
             return f"its {name} has token {max(tokens)}, and the model has tokens 0 to {known - 1}"
-    return ""
+    return miscount(transcript, proof)
 
 
 async def _replay(

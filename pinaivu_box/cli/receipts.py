@@ -16,7 +16,12 @@ from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.log_evidence import evidence
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json, print_steps
-from pinaivu_box.cli.transcripts import key_file_option, stored_transcript
+from pinaivu_box.cli.transcripts import (
+    given_transcript,
+    key_file_option,
+    secret_of,
+    stored_transcript,
+)
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
 
@@ -125,8 +130,10 @@ def verify(
     document = _document(call, file_or_id)
     exchange = _transcript(request_file, answer, usual_stop(document))
     if transcript_file is not None:
-        recorded = stored_transcript(call, transcript_file, key_file)
-        exchange = msgspec.structs.replace(exchange or Transcript(), recorded=recorded)
+        recorded, secret = given_transcript(call, transcript_file), secret_of(key_file)
+        exchange = msgspec.structs.replace(
+            exchange or Transcript(), recorded=recorded, secret=secret
+        )
     checks = verify_receipt(document, node_key=trusted, log=log, transcript=exchange)
     if call.as_json:
         print_json(checks)

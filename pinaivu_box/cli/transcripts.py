@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import click
+import msgspec
 
 from pinaivu_box.cli import documents
 from pinaivu_box.cli.call import Call
@@ -31,6 +32,14 @@ def stored_transcript(call: Call, file_or_id: str, key_file: str | None) -> Any:
         return opened(_view(call, file_or_id), secret_of(key_file))
     except Unreadable as error:
         raise CliError(error.message) from error
+
+
+def given_transcript(call: Call, file_or_id: str) -> bytes:
+    """The transcript as a verifier reads it: what a file has, or one of the home's database.
+    Raises CliError."""
+    if (found := documents.document(file_or_id)) is not None:
+        return found
+    return msgspec.json.encode(_from_database(call, file_or_id))
 
 
 def _view(call: Call, file_or_id: str) -> Any:

@@ -31,10 +31,12 @@ import math
 import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+from pinaivu_box.text import DIGEST, whole
 
 OUTPUT_VERSION = 2
 TEXT_VERSION = 3  # tokens are not known
@@ -47,15 +49,23 @@ _NUMBER = struct.Struct("<Bd")
 _LENGTH = struct.Struct("<I")
 
 
+OpenedDigest = Annotated[str, Meta(pattern=DIGEST)]
+OpenedPart = Annotated[str, Meta(pattern=whole("([0-9a-f]{64})?"))]
+
+
 class Opening(Struct, frozen=True, omit_defaults=True):
     """What the owner of the key gets to open a commitment; hex.  Those of an output in version 2
-    have all of it, so that each part can be proven alone; in version 3 there are no tokens."""
+    have all of it, so that each part can be proven alone; in version 3 there are no tokens.
 
-    nonce: str
-    tokens_sha256: str = ""
-    text_sha256: str = ""
-    logprobs_sha256: str = ""
-    vectors_sha256: str = ""
+    Each part has 32 bytes when it is read: with other lengths, one commitment would have several
+    openings, as of another text whose bytes are those of the tokens.
+    """
+
+    nonce: OpenedDigest
+    tokens_sha256: OpenedPart = ""
+    text_sha256: OpenedPart = ""
+    logprobs_sha256: OpenedPart = ""
+    vectors_sha256: OpenedPart = ""
 
 
 def new_nonce() -> str:

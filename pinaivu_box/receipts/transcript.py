@@ -9,6 +9,7 @@ the receipt's commitments.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -42,17 +43,16 @@ class LegTranscript(Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
-class RequestTranscript(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one request.  `tools` and `constraint` are as an engine got them, `template` are the
-    variables of the template beside the messages, and `system` is the model's own system prompt, if
-    it was put before the chat."""
+class CommittedTranscript(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one request, as a verifier of its receipt reads it: `prompts` and `legs` are what the
+    proofs commit to.  Nothing commits to the form of the rest."""
 
     request_id: RequestId
     model: Name
     prompts: list[PromptTranscript]
     legs: list[LegTranscript]
-    tools: Tools | None = None
-    constraint: Constraint | None = None
+    tools: dict[str, Any] | None = None
+    constraint: dict[str, Any] | None = None
     template: dict[str, Any] = {}
     system: str = ""
     v: Literal[1] = 1
@@ -62,6 +62,15 @@ class RequestTranscript(Struct, frozen=True, forbid_unknown_fields=True):
 
     def leg(self, choice: int, leg: int) -> LegTranscript | None:
         return next((one for one in self.legs if (one.choice, one.leg) == (choice, leg)), None)
+
+
+class RequestTranscript(CommittedTranscript, frozen=True, forbid_unknown_fields=True):
+    """Of one request, as an audit takes it.  `tools` and `constraint` are as an engine got them,
+    `template` are the variables of the template beside the messages, and `system` is the model's
+    own system prompt, if it was put before the chat."""
+
+    tools: Tools | None = None  # type: ignore[assignment]
+    constraint: Constraint | None = None  # type: ignore[assignment]
 
 
 _decoder = msgspec.json.Decoder(RequestTranscript)
@@ -80,7 +89,7 @@ def decode(data: bytes) -> RequestTranscript:
 
 
 def mismatch(
-    transcript: RequestTranscript,
+    transcript: CommittedTranscript,
     statement: LegStatement,
     prompt: Opening,
     output: Opening,
@@ -95,21 +104,38 @@ def mismatch(
     made = transcript.leg(statement.choice, statement.leg)
     if asked is None or made is None:
         return "it does not have the prompt, or the leg"
-    if _commitment(asked.asked, asked.tokens, prompt) != statement.prompt_commitment:
+    if not _opens(asked.asked, asked.tokens, prompt, 1, statement.prompt_commitment):
         return "its prompt is not what was committed to"
-    if _commitment(made.text, made.tokens, output) != statement.output_commitment:
+    if not _opens(made.text, made.tokens, output, statement.v, statement.output_commitment):
         return "its output is not what was committed to"
     return ""
 
 
-def _commitment(text: str, tokens: Sequence[int], opening: Opening) -> str:
-    """What they lead to; "" if the opening is none, or of other tokens."""
-    if opening.tokens_sha256 != commitment.tokens_sha256(tokens):
-        return ""
-    try:
-        return commitment.recompute(text, opening)
-    except ValueError:
-        return ""
+def miscount(transcript: CommittedTranscript, proof: Proof) -> str:
+    """What is wrong with the tokens that a proof counts, as the end of a sentence; "" if they are
+    as many as it commits to.  The transcript is the one of the commitments (`mismatch`)."""
+    asked = transcript.prompt(proof.prompt)
+    made = transcript.leg(proof.choice, proof.leg)
+    assert asked is not None and made is not None
+    for what, counted, tokens in (
+        ("prompt", proof.prompt_tokens, asked.tokens),
+        ("completion", proof.completion_tokens, made.tokens),
+    ):
+        if counted != len(tokens):
+            return f"it counts {counted} {what} tokens, and commits to {len(tokens)}"
+    return ""
+
+
+def _opens(
+    text: str, tokens: Sequence[int], opening: Opening, version: int, committed: str
+) -> bool:
+    """Whether the opening is one of that version, of this text and these tokens, and leads to the
+    commitment."""
+    text_digest = hashlib.sha256(text.encode()).hexdigest()
+    parts = (opening.text_sha256, opening.logprobs_sha256, opening.vectors_sha256)
+    whole = opening.text_sha256 == text_digest and all(parts) if version > 1 else not any(parts)
+    is_of_tokens = opening.tokens_sha256 == commitment.tokens_sha256(tokens)
+    return whole and is_of_tokens and commitment.recompute(text, opening) == committed
 
 
 def openings_of(
@@ -119,9 +145,9 @@ def openings_of(
     of what a receipt's owner gets.  Raises ValueError."""
     try:
         prompts = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
-        legs = [msgspec.convert(each, Opening) for each in opening["legs"]]
-        by_number = [msgspec.convert(each, Opening) for each in prompts]
+        legs = msgspec.convert(opening["legs"], list[Opening])
+        by_number = dict(enumerate(msgspec.convert(prompts, list[Opening])))
         pairs = zip(statements, legs, strict=True)
         return [(by_number[one.prompt], leg) for one, leg in pairs]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError("the receipt has no openings for its legs") from error

@@ -25,6 +25,7 @@ class TranscriptView(Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(TranscriptView)
+_alone = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def transcript_view(request_id: str, body: bytes, sealed_to: bytes | None) -> TranscriptView:
@@ -36,8 +37,12 @@ def transcript_view(request_id: str, body: bytes, sealed_to: bytes | None) -> Tr
 
 
 def read(document: bytes) -> TranscriptView:
-    """What the API or `pinaivu receipts transcript --json` wrote.  Raises ValueError."""
+    """What the API returns, or the transcript alone, as `pinaivu receipts transcript` prints it.
+    Raises ValueError."""
     try:
+        if "prompts" in _alone.decode(document):
+            transcript = decode(document)
+            return TranscriptView(transcript.request_id, transcript)
         return _decoder.decode(document)
     except (RecursionError, UnicodeDecodeError) as error:
         raise ValueError("it is no JSON of a transcript") from error
@@ -47,13 +52,15 @@ def opened(view: TranscriptView, secret: str | None) -> RequestTranscript:
     """The transcript; `secret` is the API key, which a sealed one needs.  Raises Unreadable."""
     if view.transcript is not None:
         return view.transcript
+    if view.sealed is None:
+        raise Unreadable(f"The transcript of {view.request_id} is not in the document.")
     if secret is None:
         raise Unreadable(
             "The transcript is sealed: give the API key that made the request (--key-file, or "
             "PINAIVU_API_KEY)."
         )
     try:
-        sealed = base64.b64decode(view.sealed or "", validate=True)
+        sealed = base64.b64decode(view.sealed, validate=True)
     except (binascii.Error, ValueError):
         sealed = b""
     return _transcript(transcript_sealing.open_sealed(sealed, secret), view.request_id)

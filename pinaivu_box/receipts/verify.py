@@ -6,17 +6,15 @@ the claim is true.  Whether a node ran the model it names is a matter for an aud
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
-from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts import commitment, strict_json
 from pinaivu_box.receipts.checks import VerificationCheck, either
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
@@ -46,7 +44,6 @@ __all__ = [
     "LogPolicy",
     "Transcript",
     "VerificationCheck",
-    "check_json",
     "is_signed",
     "read_proof",
     "read_statement",
@@ -73,10 +70,10 @@ def verify_receipt(
     """
     checks: list[VerificationCheck] = []
     try:
-        check_json(document.decode())
+        strict_json.parse(document.decode())
         view = msgspec.json.decode(document, type=ReceiptView)
         _check_opening(view)
-        check_json(view.signed_receipt)
+        strict_json.parse(view.signed_receipt)
         receipt = msgspec.json.decode(view.signed_receipt, type=Receipt)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return [VerificationCheck("format", False, f"this is not a receipt: {error}")]
@@ -113,7 +110,7 @@ def read_statement(signed: SignedProof) -> LegStatement:
     what they refuse would be in a receipt that cannot be verified.
     """
     try:
-        check_json(signed.signed)
+        strict_json.parse(signed.signed)
         if msgspec.json.decode(signed.signed, type=_Kind).kind is None:
             return msgspec.json.decode(signed.signed, type=Proof)
         return msgspec.json.decode(signed.signed, type=UpstreamLeg)
@@ -124,7 +121,7 @@ def read_statement(signed: SignedProof) -> LegStatement:
 def read_proof(signed: SignedProof) -> Proof:
     """Parse the text of a proof; `is_signed` checks its signature.  Raises ValueError."""
     try:
-        check_json(signed.signed)
+        strict_json.parse(signed.signed)
         return msgspec.json.decode(signed.signed, type=Proof)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -138,25 +135,6 @@ def is_signed(statement: LegStatement, signed: SignedProof) -> bool:
 def _is_signed_by(signer: str, statement: LegStatement, signed: SignedProof) -> bool:
     domain = PROOF_DOMAIN if isinstance(statement, Proof) else UPSTREAM_DOMAIN
     return verify(signer, domain, signed.signed.encode(), _hex(signed.signature))
-
-
-def check_json(text: str) -> None:
-    """Readers of JSON must not differ on what a signed text says: no name of an object may be there
-    twice, nothing may stand before or after the value, and NaN is no number.  Raises ValueError,
-    RecursionError."""
-    json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    names: set[str] = set()
-    for name, _ in pairs:
-        if name in names:
-            raise ValueError(f"the field `{name[:100]}` is there twice")
-        names.add(name)
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
 
 
 def _check_opening(view: ReceiptView) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from pinaivu_box.receipts import answer, commitment
+from pinaivu_box.receipts import answer, commitment, given_transcript
 from pinaivu_box.receipts.checks import VerificationCheck, either, matches
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import UPSTREAM_VERSION, LegStatement, Receipt, ReceiptView
-from pinaivu_box.receipts.transcript import RequestTranscript, mismatch, openings_of
-
-_HEX = re.compile("[0-9a-f]*")
+from pinaivu_box.receipts.receipt import (
+    UPSTREAM_VERSION,
+    LegStatement,
+    Proof,
+    Receipt,
+    ReceiptView,
+)
+from pinaivu_box.receipts.transcript import CommittedTranscript, miscount, mismatch, openings_of
 
 
 class Transcript(Struct, frozen=True):
@@ -23,13 +25,15 @@ class Transcript(Struct, frozen=True):
 
     `prompts` are what was asked (see `commitment.prompt_text`), and `answer` is the text of the
     answer or its JSON body (see `answer.read`).  The text of each choice begins with the one in
-    `echoed`, which is not the model's.  `recorded` is what a box keeps of it, with the tokens.
+    `echoed`, which is not the model's.  `recorded` is what a box keeps of it, with the tokens (see
+    `given_transcript.read`), and `secret` the API key that opens it if it is sealed.
     """
 
     prompts: list[str] | None = None
     echoed: list[str] = []
     answer: bytes | None = None
-    recorded: RequestTranscript | None = None
+    recorded: bytes | None = None
+    secret: str | None = None
 
 
 def usual_stop(document: bytes) -> list[str]:
@@ -49,30 +53,73 @@ def transcript_checks(
         yield _prompts(view, receipt, transcript.prompts)
     if transcript.answer is not None:
         yield from _answer(view, receipt, transcript.answer, transcript.echoed)
-    if transcript.recorded is not None and proofs:
-        yield from _recorded(view, proofs, transcript.recorded)
+    if transcript.recorded is not None:
+        yield from _recorded(view, receipt, proofs, transcript.recorded, transcript.secret)
 
 
 def _recorded(
-    view: ReceiptView, proofs: Sequence[LegStatement], recorded: RequestTranscript
+    view: ReceiptView,
+    receipt: Receipt,
+    proofs: Sequence[LegStatement],
+    document: bytes,
+    secret: str | None,
 ) -> Iterator[VerificationCheck]:
-    """Text and tokens of each leg."""
+    """The transcript as a whole, then text and tokens of each leg."""
     try:
-        openings = openings_of(view.opening or {}, proofs)
+        recorded = given_transcript.read(document, secret)
+        why = _not_of(recorded, receipt, proofs)
+        openings = openings_of(view.opening or {}, proofs) if not why else []
+    except given_transcript.NotATranscript as error:
+        why = str(error)
     except ValueError as error:
-        yield VerificationCheck("transcript 0", False, f"{error}: ask the key's owner")
+        why = f"{error}: ask the key's owner"
+    holds = "it is that of this request, and has nothing of which the receipt has no proof"
+    yield either("transcript", not why, holds, why)
+    if why:
         return
     for number, (proof, pair) in enumerate(zip(proofs, openings, strict=True)):
-        why = mismatch(recorded, proof, *pair)
-        holds = f"its prompt and output are what {proof.node_id} committed to, token by token"
-        yield either(f"transcript {number}", not why, holds, f"the transcript is another: {why}")
+        yield _leg(number, recorded, proof, *pair)
+
+
+def _not_of(recorded: CommittedTranscript, receipt: Receipt, proofs: Sequence[LegStatement]) -> str:
+    """Why the transcript is not the receipt's; empty if it may be."""
+    for field in ("request_id", "model"):
+        if (value := getattr(recorded, field)) != getattr(receipt, field):
+            return f"it is about another {field}: {value}"
+    if not proofs:
+        return "without the receipt's proofs nothing can be compared with it"
+    prompts = [each.prompt for each in recorded.prompts]
+    legs = [(each.choice, each.leg) for each in recorded.legs]
+    if len({*prompts}) < len(prompts) or len({*legs}) < len(legs):
+        return "it has a prompt or a leg twice"
+    made = [proof for proof in proofs if isinstance(proof, Proof)]
+    if {*prompts} - {proof.prompt for proof in made} or {*legs} - {
+        (proof.choice, proof.leg) for proof in made
+    }:
+        return "it has a prompt or a leg of which the receipt has no proof"
+    return ""
+
+
+def _leg(
+    number: int,
+    recorded: CommittedTranscript,
+    proof: LegStatement,
+    prompt: Opening,
+    output: Opening,
+) -> VerificationCheck:
+    why = mismatch(recorded, proof, prompt, output)
+    fails = f"the transcript is another: {why}"
+    if not why and isinstance(proof, Proof) and (why := miscount(recorded, proof)):
+        fails = f"the proof is wrong: {why}"
+    holds = f"its prompt and output are what {proof.node_id} committed to, token by token"
+    return either(f"transcript {number}", not why, holds, fails)
 
 
 def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
     opening = view.opening or {}
     try:
         values = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
-        pairs = zip(prompts, map(_read_opening, values), strict=True)
+        pairs = zip(prompts, msgspec.convert(values, list[Opening]), strict=True)
         commitments = [
             commitment.recompute(prompt, prompt_opening) for prompt, prompt_opening in pairs
         ]
@@ -86,22 +133,13 @@ def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Verific
 def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
     """The output's opening, if it is of the receipt's version."""
     try:
-        opening = _read_opening((view.opening or {})["output"])
-        commitment.recompute("", opening)  # its hex
-        if receipt.v > 1:
-            commitment.reopen(opening)
+        opening = msgspec.convert((view.opening or {})["output"], Opening)
     except (KeyError, ValueError):
         return None
     has_tokens = bool(opening.tokens_sha256) == (receipt.v != UPSTREAM_VERSION)
-    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) and has_tokens else None
-
-
-def _read_opening(value: Any) -> Opening:
-    """Raises ValueError."""
-    opening = msgspec.convert(value, Opening)
-    if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
-        raise ValueError("another spelling")
-    return opening
+    parts = (opening.text_sha256, opening.logprobs_sha256, opening.vectors_sha256)
+    whole = all(parts) if receipt.v > 1 else not any(parts)
+    return opening if whole and has_tokens else None
 
 
 def _answer(

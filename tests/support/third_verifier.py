@@ -85,7 +85,7 @@ def tables() -> dict[str, list[list[str]]]:
     for line in PAGE.read_text().splitlines():
         if line.startswith("|"):
             found.setdefault(title, []).append([cell.strip() for cell in line[1:-1].split("|")])
-        elif line.startswith("#") or re.fullmatch(r"(A|An) [^.]*:|Usage:", line):
+        elif line.startswith("#") or re.fullmatch(r"(A|An) [^.]*:|Usage:|The answer:", line):
             title = line.strip("#: ").split(",")[0]
     return {title: rows[2:] for title, rows in found.items()}
 
@@ -153,9 +153,11 @@ def check_plain(value: Any, kind: str) -> None:
         ok = {
             "text": isinstance(value, str),
             "object": isinstance(value, dict),
+            "boolean": isinstance(value, bool),
             "integer": is_integer,
             "count": is_integer and abs(value) < 2**53,
             "count from 0": is_integer and 0 <= value < 2**53,
+            "token": is_integer and 0 <= value < 2**32,
         }[kind]
     if not ok:
         raise NotRead(kind)

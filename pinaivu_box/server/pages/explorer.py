@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from pinaivu_box.amount import parse
+from pinaivu_box.box import Box
 from pinaivu_box.errors import ReceiptNotFound
 from pinaivu_box.incidents import DAYS
 from pinaivu_box.receipts.receipt import Receipt
@@ -26,7 +27,7 @@ from pinaivu_box.server.explorer_network import MAX_INCIDENTS, ExplorerNetwork, 
 from pinaivu_box.server.pages.render import page
 from pinaivu_box.server.paths import forwarded_prefix
 from pinaivu_box.server.sessions import require_login
-from pinaivu_box.store import requests
+from pinaivu_box.store import requests, transcripts
 from pinaivu_box.text import REQUEST_ID
 
 _REQUEST_ID = re.compile(REQUEST_ID)
@@ -82,15 +83,33 @@ async def receipt(request: Request, request_id: str) -> Response:
     if not _REQUEST_ID.search(request_id):
         raise ReceiptNotFound(f"{request_id[:100]} is not a request_id.")
     shown = await receipt_for(box, visitor, request_id)
+    own = await _owner(box, visitor, request_id)
     return page(
         request,
         "explorer_receipt.html",
         shown=shown,
         public=visitor.key is None,
         cost=parse(shown.payment_amount),
+        own=own is not None,
+        kept=own is not None and await _keeps(box, request_id, own),
         all_hold=all(check.ok for check in shown.checks),
         file_name=f"receipt-{shown.request_id}.json",
     )
+
+
+async def _owner(box: Box, visitor: Visitor, request_id: str) -> str | None:
+    """The visitor's account, if it made the request, so that it gets the openings."""
+    if visitor.key is None:
+        return None
+    account_id = visitor.key.account_id
+    found = await requests.find_receipt(box.database, request_id, account_id=account_id)
+    return account_id if found is not None else None
+
+
+async def _keeps(box: Box, request_id: str, account_id: str) -> bool:
+    """Whether this box has the transcript."""
+    found = await transcripts.find(box.database, request_id, account_id=account_id)
+    return found is not None
 
 
 async def receipt_file(request: Request, request_id: str) -> Response:

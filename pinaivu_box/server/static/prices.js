@@ -1,7 +1,7 @@
 // Money as receipts have it: decimals outside, whole numbers of 10^-9 of the currency inside.
 
 import { start } from "./strict_json.js";
-import { quoted } from "./receipt_form.js";
+import { quoted } from "./json_types.js";
 
 const UNITS = 10n ** 9n;
 const MAX_AMOUNT = 1_000_000n;

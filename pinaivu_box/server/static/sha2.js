@@ -1,6 +1,9 @@
-// SHA-256 and SHA-512 (FIPS 180-4).  WebCrypto has both, but not on a page over plain HTTP.
+// SHA-256 and SHA-512 (FIPS 180-4), HMAC and HKDF.  WebCrypto has them, but not on a page over plain
+// HTTP.
 //
 // A 64-bit word of SHA-512 is two 32-bit integers, its high and its low half.
+
+import { joined } from "./bytes.js";
 
 /** The first `bits` bits behind the point of the `degree`-th root of each of the first primes. */
 function rootFractions(count, degree, bits) {
@@ -133,4 +136,17 @@ export function sha512(message) {
     }
   }
   return digestOf(state);
+}
+
+/** HMAC (RFC 2104) with SHA-256; the key has at most 64 bytes. */
+function hmacSha256(key, message) {
+  const block = Uint8Array.from({ length: 64 }, (_, i) => key[i] ?? 0);
+  const pad = (byte) => block.map((one) => one ^ byte);
+  return sha256(joined(pad(0x5c), sha256(joined(pad(0x36), message))));
+}
+
+/** 32 bytes by HKDF-SHA256 (RFC 5869) without salt. */
+export function hkdfSha256(key, info) {
+  const extracted = hmacSha256(new Uint8Array(32), key);
+  return hmacSha256(extracted, joined(info, Uint8Array.of(1)));
 }

@@ -12,6 +12,7 @@ import { NoPrice, cost, decimal } from "./prices.js";
 import * as form from "./receipt_form.js";
 import { sha256 } from "./sha2.js";
 import { NotRead, parse, start, textOf } from "./strict_json.js";
+import { transcriptChecks } from "./transcript_checks.js";
 
 const RECEIPT_VERSIONS = [1n, 2n, 3n];
 const EXACT_VERSION = 4n;
@@ -29,13 +30,17 @@ const sum = (numbers) => numbers.reduce((a, b) => a + b, 0n);
  * they came, or the object that was read from them.
  *
  * `nodeKey`: the public key (64 hex digits, with or without `node_`) that the visitor trusts.
- * `log`: what the visitor asks of the log and its witnesses (see `logChecks`).  `onCheck` is called
- * with each check once it is made.  Ends after the first check without which the rest mean nothing.
+ * `log`: what the visitor asks of the log and its witnesses (see `logChecks`); `transcript`: that of
+ * the request, if there is one (see `transcriptChecks`).  `onCheck` is called with each check once it
+ * is made.  Ends after the first check without which the rest mean nothing.
  */
-export async function verifyReceipt(view, { nodeKey = null, log = {}, onCheck = () => {} } = {}) {
+export async function verifyReceipt(
+  view,
+  { nodeKey = null, log = {}, transcript = null, onCheck = () => {} } = {},
+) {
   const checks = [];
   let paused = Date.now();
-  for (const made of allChecks(view, nodeKey, log)) {
+  for (const made of allChecks(view, nodeKey, log, transcript)) {
     checks.push(made);
     onCheck(made);
     if (Date.now() - paused < PAUSE_EVERY_MS) continue;
@@ -45,7 +50,7 @@ export async function verifyReceipt(view, { nodeKey = null, log = {}, onCheck = 
   return checks;
 }
 
-function* allChecks(document, nodeKey, log) {
+function* allChecks(document, nodeKey, log, transcript) {
   let view, receipt;
   try {
     view = parse(textIn(document));
@@ -68,13 +73,15 @@ function* allChecks(document, nodeKey, log) {
     yield made;
     if (proof) proofs.push(proof);
   }
-  if (proofs.length === receipt.get("proofs").length) {
+  const whole = proofs.length === receipt.get("proofs").length;
+  if (whole) {
     yield order(receipt, proofs);
     yield usage(receipt, proofs);
     if (proofs.length) yield payment(receipt, proofs);
   }
   yield* logChecks(view, receipt, log);
   if (nodeKey !== null) yield trusted(receipt, nodeKey);
+  if (transcript !== null) yield* transcriptChecks(view, receipt, whole ? proofs : [], transcript);
 }
 
 function textIn(document) {
