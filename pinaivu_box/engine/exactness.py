@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pinaivu_box.engine.messages import Exact
 
-ROWS_ALIKE = 3  # the `fixed_split` from which on a row comes out the same beside any others
+ROWS_ALIKE = 4  # the `fixed_split` from which on a row comes out the same beside any others
 # Variants of the library for which that was measured (`tests/bench/results/*-exact-paths.md`).
 _VARIANTS = frozenset(
     {
@@ -20,12 +20,11 @@ _VARIANTS = frozenset(
         "icelake", "zen4",
     }
 )  # fmt: skip
-# Types of tensors, as ggml names them, whose products have the same bits in any number of rows.  A
-# single row of F16 or BF16 has a kernel of its own; that of several costs it 16 %.
+# Types of tensors, as ggml names them, whose products have the same bits in any number of rows.
 _WEIGHTS = frozenset(
     {
-        "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "mxfp4", "q4_K", "q5_K",
-        "q6_K",
+        "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "mxfp4",
+        "q4_K", "q5_K", "q6_K",
     }
 )  # fmt: skip
 _CACHES = frozenset({"f32", "f16", "bf16", "q8_0"})

@@ -199,7 +199,7 @@ def test_a_long_prompt_does_not_stop_the_streams() -> None:
 # -- where it is promised --------------------------------------------------------------------------
 
 
-SETUP = exactness.Setup(frozenset({"q8_0", "f32"}), "haswell", "llama.cpp 1", fixed_split=3)
+SETUP = exactness.Setup(frozenset({"q8_0", "f32"}), "haswell", "llama.cpp 1", fixed_split=4)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +207,13 @@ SETUP = exactness.Setup(frozenset({"q8_0", "f32"}), "haswell", "llama.cpp 1", fi
     [
         ({}, ""),
         ({"weights": frozenset({"q4_K", "q6_K", "f32"})}, ""),
+        ({"weights": frozenset({"f16", "bf16"})}, ""),
         ({"variant": "zen4"}, ""),
         ({"kv_type": "q8_0"}, ""),
         ({"fixed_split": 0}, "not the one that build/ makes"),
-        ({"fixed_split": 2}, "not the one that build/ makes"),
+        ({"fixed_split": 3}, "not the one that build/ makes"),
         ({"weights": frozenset({"q2_K", "q8_0"})}, "weights of type q2_K"),
-        ({"weights": frozenset({"f16"})}, "weights of type f16"),
+        ({"weights": frozenset({"q3_K", "f16"})}, "weights of type q3_K"),
         ({"weights": frozenset()}, "weights of type unknown"),
         ({"variant": "ivybridge"}, "the CPU variant ivybridge: set cpu_variant"),
         ({"kv_type": "q4_0"}, "a cache of type q4_0"),
@@ -224,6 +225,6 @@ SETUP = exactness.Setup(frozenset({"q8_0", "f32"}), "haswell", "llama.cpp 1", fi
 def test_exactness_is_promised_where_it_holds(changed: dict[str, Any], hindrance: str) -> None:
     setup = replace(SETUP, **changed)
     assert setup.hindrance.endswith(hindrance) and bool(setup.hindrance) is bool(hindrance)
-    promised = "" if hindrance else f"bitwise:{setup.variant} llama.cpp 1+3 {setup.kv_type}"
+    promised = "" if hindrance else f"bitwise:{setup.variant} llama.cpp 1+4 {setup.kv_type}"
     assert exactness.of("auto", setup) == exactness.of(True, setup) == promised
     assert exactness.of(False, setup) == ""

@@ -29,7 +29,7 @@ PROMPT = [100 + 7919 * n % 3900 for n in range(270)]
 COUNT = 8
 STREAMS, POOL = 16 * 512, 1536  # cells: for each of 16 sequences, and for all together
 SIZES: dict[str, Any] = {"context": 512, "max_sequences": 16, "exact": "auto"}
-Q4_K_M, F16 = 15, 1  # LLAMA_FTYPE_...
+Q4_K_M, Q2_K, F16, BF16 = 15, 10, 1, 32  # LLAMA_FTYPE_...
 
 
 def one(name: str = "r", prompt: list[int] = PROMPT, **more: Any) -> Add:
@@ -158,19 +158,41 @@ def test_after_a_restart_and_with_more_threads(
         another.close()
 
 
-def test_it_would_be_seen_if_a_row_took_another_way(model: Path | None, tmp_path: Path) -> None:
-    """A single row of F16 weights has a kernel of its own: nothing is promised there."""
-    if model is None:
-        pytest.skip("the other model is made anew with such weights")
-    plain = REAL["1b"].narrow().weights()
-    file = tmp_path / "q8_0.gguf"
-    file.write_bytes(plain)
-    other = real_runner(quantised(file, tmp_path / "f16.gguf", F16), **SIZES, kv_tokens=STREAMS)
+def of_type(type_of_weights: int, folder: Path) -> LlamaRunner:
+    plain = folder / "q8_0.gguf"
+    plain.write_bytes(REAL["1b"].narrow().weights())
+    load_backends()
+    file = quantised(plain, folder / "quantised.gguf", type_of_weights)
+    return real_runner(file, **SIZES, kv_tokens=STREAMS)
+
+
+def alone_and_beside(llama: LlamaRunner, others: int) -> tuple[object, object]:
+    alone = said(run(engine(llama), [one()]))
+    requests = [one(), *(one(f"o{n}", PROMPT[n:]) for n in range(1, others + 1))]
+    return alone, said(run(engine(llama), requests))
+
+
+@pytest.mark.parametrize("type_of_weights", [F16, BF16])
+def test_weights_of_16_bits(type_of_weights: int, tmp_path: Path) -> None:
+    llama = of_type(type_of_weights, tmp_path)
+    try:
+        if not llama.facts.exactness:
+            pytest.skip(
+                "this llama.cpp is not the one that build/ makes: nothing is promised of it"
+            )
+        alone, beside = alone_and_beside(llama, 3)
+        assert alone == beside
+    finally:
+        llama.close()
+
+
+def test_it_would_be_seen_if_a_row_took_another_way(tmp_path: Path) -> None:
+    """Q2_K is added up otherwise in more rows: nothing is promised there."""
+    other = of_type(Q2_K, tmp_path)
     try:
         assert not other.facts.exactness
-        alone = said(run(engine(other), [one(max_tokens=COUNT)]))
-        requests = [one(), *(one(f"o{n}", PROMPT[n:]) for n in range(1, 4))]
-        assert said(run(engine(other), requests)) != alone
+        alone, beside = alone_and_beside(other, 15)
+        assert alone != beside
     finally:
         other.close()
 
