@@ -1,4 +1,5 @@
-"""What share of the processors others took meanwhile: other programs, and the hypervisor (steal).
+"""What share of the processors others took meanwhile: other programs, and the hypervisor (steal);
+and programs that take it on purpose.
 
 Linux counts a process's time to the tick, so runs should take seconds.  The time of interrupts is
 left out: nearly all of it is the loopback traffic of the runs themselves.
@@ -6,7 +7,10 @@ left out: nearly all of it is the loopback traffic of the runs themselves.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 _USER, _NICE, _SYSTEM, _STEAL = 0, 1, 2, 7  # of the line `cpu` in /proc/stat
@@ -46,3 +50,16 @@ def _own() -> int:
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     return sum(ticks.get(pid, 0) for pid in family)
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many loops that compute and never wait, at this process's priority; `OtherLoad` does not
+    count them."""
+    loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
