@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from pinaivu_box.server_config import ServerConfig
 from pinaivu_box.terminal_log import TerminalFormatter
 from tests.support.fake_model import FAKE
 from tests.support.in_process_command import run_command_json
-from tests.support.process_box import environment, pinaivu
+from tests.support.process_box import Box, environment, pinaivu
 from tests.support.terminal import Terminal
 
 KEY = "sk-pnv-" + "k" * 43
@@ -45,6 +49,28 @@ def test_the_banner_fits_80_columns(url: str, secret: str | None) -> None:
     for text in (f"{url}/v1\n", f"Pages     {url}/\n", f"Also at   {others[0]}/v1\n", link, *NAMES):
         assert text in shown
     assert (KEY in shown) == (secret is not None)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("tls", ["", '[server]\ntls = "self-signed"\n'], ids=["http", "https"])
+def test_what_the_banner_says_can_be_pasted(tmp_path: Path, tls: str) -> None:
+    home = tmp_path / "its home"
+    home.mkdir()
+    (home / "config.toml").write_text(tls)
+    box = Box(home, "--model", f"{FAKE}=fake:0").start()
+    try:
+        _, _, examples = box.output.partition("Try it with curl:")
+        shell, _, python = examples.partition("or with Python (pip install openai):")
+        exports = "\n".join(line for line in shell.splitlines() if "export " in line)
+        python = textwrap.dedent(python)
+        for code in (shell, f"{exports}\n{sys.executable} - <<'END'\n{python}\nEND\n"):
+            done = subprocess.run(
+                ["sh", "-c", code], capture_output=True, text=True, timeout=120, env=environment()
+            )
+            assert done.returncode == 0 and done.stdout.strip(), done.stderr
+            assert "error" not in done.stdout
+    finally:
+        box.end()
 
 
 def test_the_banner_says_who_reaches_the_box(monkeypatch: pytest.MonkeyPatch) -> None:

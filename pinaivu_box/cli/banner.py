@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def banner(
         lines += _row("LAN", "not served: --host 0.0.0.0 serves other machines too")
     lines += _row("Pages", f"{url}/")
     if self_signed is not None:
-        lines += _row("TLS", f"clients need {self_signed}", "(curl --cacert, SSL_CERT_FILE)")
+        lines += _row("TLS", f"clients need {self_signed}")
     if fingerprint:  # in two lines, as it has 95 characters
         lines += _row("SHA-256", fingerprint[:47], fingerprint[48:])
     if secret:
@@ -58,7 +59,7 @@ def banner(
     if devices:
         lines += _row("Devices", *_wrapped(devices))
     lines += _row("Home", str(home))
-    return "\n".join(lines) + "\n\n" + _examples(f"{url}/v1", secret, models)
+    return "\n".join(lines) + "\n\n" + _examples(f"{url}/v1", secret, models, self_signed)
 
 
 def _row(name: str, *lines: str) -> list[str]:
@@ -78,14 +79,20 @@ def _listed(models: list[str]) -> list[str]:
     return lines
 
 
-def _examples(base: str, secret: str | None, models: list[str]) -> str:
+def _examples(base: str, secret: str | None, models: list[str], certificate: Path | None) -> str:
+    """`certificate` is one that clients do not know by themselves."""
     export = f"    export PINAIVU_API_KEY={secret}\n" if secret else ""
+    trust = ""
+    if certificate is not None:
+        # Python's clients take it from the environment.
+        trust = ' --cacert "$SSL_CERT_FILE" \\\n     '
+        export += f"    export SSL_CERT_FILE={shlex.quote(str(certificate))}\n"
     python_key = f'"{secret}"' if secret else 'os.environ["PINAIVU_API_KEY"]'
     imports = "" if secret else "    import os\n"
     model = models[0] if models else "MODEL"
     return f"""Try it with curl:
 
-{export}    curl {base}/chat/completions \\
+{export}    curl{trust} {base}/chat/completions \\
       -H "Authorization: Bearer $PINAIVU_API_KEY" \\
       -H "Content-Type: application/json" \\
       -d '{{"model": "{model}",
