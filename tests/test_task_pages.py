@@ -118,7 +118,7 @@ def test_a_page_is_followed(box: Box, tmp_path: Path, ran: set[str], page: str) 
         "NODE_KEY": run_command_json("id", home=box.home)["node_key"],
         "/srv/pinaivu": str(tmp_path / "restored"),
         "/var/lib/pinaivu": str(box.home),
-        "/var/backups": str(tmp_path),
+        "/var/backups/pinaivu": str(tmp_path),
     }
     # Some pages begin where their reader has a receipt already.
     (tmp_path / "receipt.json").write_bytes(box.http("GET", f"/v1/receipts/{request_id}").content)

@@ -13,7 +13,7 @@ import pytest
 from pinaivu_box.models import bundled
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.box_fleet import STEADY, Fleet, fleet
-from tests.support.process_box import pinaivu, wait_until
+from tests.support.process_box import wait_until
 from tests.support.streamed_chat import StreamedChat
 
 MODEL = "fake:2"  # at ben and carl only
@@ -105,7 +105,7 @@ def test_a_box_lost_in_mid_stream_leaves_no_seam(boxes: Fleet, how: signal.Signa
         assert first["completion_tokens"] + second["completion_tokens"] == TOKENS
         assert first["model_digest"] == second["model_digest"]
         assert first["sampling"] == second["sampling"]
-    pinaivu("receipts", "verify", streams[0].request_id, home=boxes.anna.home)
+    boxes.anna.command("receipts", "verify", streams[0].request_id)
     late.check_whole(TOKENS)
     assert [one["node_id"] for one in proofs_of(boxes, late)] == [other]
     routing = receipt_of(boxes, late)["routing"]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.in_process_command import run_command, run_command_json
+from tests.support.in_process_command import run_command
 from tests.support.peer_box import MakePeerBox, joined_boxes
 from tests.support.process_box import PINAIVU, Box, environment, wait_until
 
@@ -29,13 +29,13 @@ def test_two_running_boxes_join_by_a_ticket(member: MakePeerBox) -> None:
     assert kitchen["id"] == ben.admin("GET").json()["own"]["id"]
     for name in ("kitchen", kitchen["id"]):
         assert anna.peers("show", name)["id"] == kitchen["id"]
-    table = run_command("peers", "ls", "--why", home=anna.home).stdout
+    table = anna.command("peers", "ls", "--why").stdout
     assert "kitchen" in table and "connected" in table and "fake:1" in table
     assert "reputation: " in table
-    told = run_command_json("audit", home=anna.home)
+    told = anna.command_json("audit")
     assert "peer.invite" in [entry["action"] for entry in told]
     assert made["ticket"] not in json.dumps(told)
-    assert "peer.join" in [entry["action"] for entry in run_command_json("audit", home=ben.home)]
+    assert "peer.join" in [entry["action"] for entry in ben.command_json("audit")]
 
 
 def test_a_box_that_does_not_run_joins_at_once(member: MakePeerBox) -> None:
@@ -86,12 +86,12 @@ def test_removing_a_box_names_the_boxes_that_only_it_had_invited(member: MakePee
     carl = member("carl").start()
     carl.peers("join", ben.invite("--name", "carl"))
     wait_until(lambda: anna.sees("carl"), "the third box is a member")
-    removed = run_command("peers", "rm", "ben", home=anna.home)
+    removed = anna.command("peers", "rm", "ben")
     assert "no longer members either: carl (node_" in removed.stderr
     wait_until(lambda: anna.sees("carl", "revoked"), "it fell with the box that had invited it")
     carl.peers("join", anna.invite("--name", "carl"))
     wait_until(lambda: anna.sees("carl"), "it is admitted again")
-    removed = run_command("peers", "rm", "carl", home=anna.home)
+    removed = anna.command("peers", "rm", "carl")
     assert "no longer members" not in removed.stderr
 
 
@@ -174,7 +174,7 @@ def test_a_peers_name_and_limits_are_ones_own(member: MakePeerBox) -> None:
         answer = anna.admin("PATCH", "/attic", wrong)
         assert answer.status_code == 422 and loc in answer.text, answer.text
     assert anna.admin("GET", "/nobody").status_code == 404
-    edits = [e for e in run_command_json("audit", home=anna.home) if e["action"] == "peer.edit"]
+    edits = [e for e in anna.command_json("audit") if e["action"] == "peer.edit"]
     assert len(edits) == 3 and edits[-1]["target"] == changed["id"]
 
 
@@ -187,13 +187,13 @@ def test_the_doctor_says_why_a_peer_cannot_be_reached(member: MakePeerBox) -> No
     assert checks["port"]["state"] == "ok", checks
     ben.kill()
     wait_until(lambda: anna.sees("ben", "unreachable"), "it is missed")
-    done = run_command("peers", "doctor", "--json", home=anna.home, check=False)
+    done = anna.command("peers", "doctor", "--json", check=False)
     assert done.returncode == 1
     checks = {one["name"]: one for one in json.loads(done.stdout)}
     assert checks["ben: link"]["state"] == "failed" and checks["ben: link"]["todo"]
     assert "no program listens on that UDP port" in checks["ben: address"]["found"]
     anna.stop()
-    done = run_command("peers", "doctor", "--json", home=anna.home, check=False)
+    done = anna.command("peers", "doctor", "--json", check=False)
     assert done.returncode == 1 and "No box is running" in done.stdout
 
 
@@ -210,7 +210,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     assert "00:00-00:00" in told[0]["found"] and "owes 0 of at most 0" in told[1]["found"]
     (refused,) = [one for one in anna.peers("doctor", "ben") if one["name"] == "ben: limits"]
     assert "This box serves its peers from 00:00-00:00 only" in refused["found"]
-    assert "00:00-00:00" in run_command("peers", "ls", "--why", home=anna.home).stdout
+    assert "00:00-00:00" in anna.command("peers", "ls", "--why").stdout
     ben.peers("edit", "anna", "--hours", "none", "--credit-limit", "none")
     wait_until(
         lambda: anna.http("POST", "/v1/chat/completions", json=body).status_code == 200, "it serves"
@@ -218,7 +218,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     for box, peer in ((anna, "ben"), (ben, "anna")):
         (well,) = [one for one in box.peers("doctor", peer) if one["name"] == f"{peer}: limits"]
         assert well["state"] == "ok"
-    assert "0 of 8 requests" in run_command("peers", "show", "anna", home=ben.home).stdout
+    assert "0 of 8 requests" in ben.command("peers", "show", "anna").stdout
 
 
 def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
@@ -230,7 +230,7 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     ids = {box.admin("GET").json()["own"]["id"]: box.name for box in (anna, ben)}
 
     def key(*options: str) -> tuple[str, str]:
-        made = run_command_json("keys", "create", *options, home=anna.home)
+        made = anna.command_json("keys", "create", *options)
         return made["id"], made["key"]
 
     def ask(secret: str, model: str = "fake:1") -> tuple[int, str]:
@@ -245,14 +245,14 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     assert ask(plain) == (200, "anna prefer-local")
     id_, cheap = key("--policy", "cheapest")
     assert ask(cheap) == (200, "ben cheapest")
-    run_command("keys", "edit", id_, "--policy", "none", home=anna.home)
+    anna.command("keys", "edit", id_, "--policy", "none")
     assert ask(cheap) == (200, "anna prefer-local")
     body = {"policy": {"routing": "cheapest"}}
     assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 200
     assert ask(cheap) == (200, "ben cheapest")
     body = {"policy": {"routing": "dearest"}}
     assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 422
-    wait_until(lambda: len(run_command_json("ledger", "show", "ben", home=anna.home)) == 2, "both")
+    wait_until(lambda: len(anna.command_json("ledger", "show", "ben")) == 2, "both")
     choices: list[tuple[str, str]] = [
         ("--policy", "never"),
         ("--scope", "local-only"),
@@ -265,7 +265,7 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
         assert ask(private, "ben:1")[0] in (404, 503)
         listed = anna.http("GET", "/v1/models", key=private).text
         assert ("ben:1" in listed) is (options[0] == "--peer")
-    assert len(run_command_json("ledger", "show", "ben", home=anna.home)) == 2
+    assert len(anna.command_json("ledger", "show", "ben")) == 2
 
 
 def test_a_box_that_announces_itself_is_discovered(member: MakePeerBox) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.support.in_process_command import run_command
 from tests.support.ports import free_port
-from tests.support.process_box import Box, environment, pinaivu, wait_until
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, wait_until
 
 # Set by tests/before/run_two_versions: the code of an earlier commit, and the boxes that run it.
 OLD_CODE, OLD_BOXES = "PINAIVU_OLD_CODE", "PINAIVU_OLD_BOXES"
@@ -31,24 +30,29 @@ class PeerBox(Box):
         home.mkdir(parents=True)
         (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
 
-    def _run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """In this process if the box runs: one that a command opens keeps its UDP port as long as
-        the process of the command."""
-        if self.prefix:  # its own version's command
-            command = [*self.prefix, sys.executable, "-m", "pinaivu_box", "peers", *args]
-            return subprocess.run(
-                [*command, "--home", str(self.home)],
-                capture_output=True, text=True, check=check, env=environment(),
+    def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of the box's own version on its home.  In this process if the box runs: one
+        that a command opens keeps its UDP port as long as the process of the command."""
+        if self.prefix:
+            done = subprocess.run(
+                [*self.prefix, *PINAIVU, *args, "--home", str(self.home)],
+                capture_output=True, text=True, timeout=300, env=environment(),
             )  # fmt: skip
+            if check and done.returncode != 0:
+                raise AssertionError(f"pinaivu {args} exited {done.returncode}: {done.stderr}")
+            return done
         runs = hasattr(self, "process") and self.process.poll() is None
-        return (run_command if runs else pinaivu)("peers", *args, home=self.home, check=check)
+        return (run_command if runs else pinaivu)(*args, home=self.home, check=check)
+
+    def command_json(self, *args: str) -> Any:
+        return json.loads(self.command(*args, "--json").stdout)
 
     def peers(self, *args: str) -> Any:
-        return json.loads(self._run(*args, "--json").stdout)
+        return self.command_json("peers", *args)
 
     def refused(self, *args: str) -> tuple[int, str]:
         """The exit code and the one line of a command that does not work."""
-        done = self._run(*args, check=False)
+        done = self.command("peers", *args, check=False)
         assert done.returncode != 0, done.stdout
         assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
         return done.returncode, done.stderr
