@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pinaivu_box.transport.iroh_transport import has_ipv6
 
 _PORTS = 1_000  # for each worker of the tests
+_OF_SCRIPTS = range(32_000, 32_768)  # for what runs without pytest; the kernel's own begin above
 _ports = itertools.count()
 _kept: list[socket.socket] = []  # until this process ends
 
@@ -18,10 +19,10 @@ def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
     """Of UDP unless another kind is asked for; one that stays, so that who starts again is found
     there: none that the kernel gives to whoever asks for any, nor one that another call has got, in
     whatever process.  The port of the same number of the other kind is taken as a sign of that."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     other = socket.SOCK_STREAM if kind == socket.SOCK_DGRAM else socket.SOCK_DGRAM
-    for number in itertools.islice(_ports, _PORTS):
-        port = 20_000 + _PORTS * (worker % 12) + number % _PORTS
+    ports = _own_ports()
+    for number in itertools.islice(_ports, len(ports)):
+        port = ports[number % len(ports)]
         sign = _bound(socket.AF_INET, other, port)
         if sign is None:
             continue
@@ -29,7 +30,15 @@ def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
             _kept.append(sign)
             return port
         sign.close()
-    raise OSError(f"None of the {_PORTS} ports of this worker is free.")
+    raise OSError(f"None of the ports from {ports[0]} to {ports[-1]} is free.")
+
+
+def _own_ports() -> range:
+    if "PYTEST_VERSION" not in os.environ:
+        return _OF_SCRIPTS
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + _PORTS * (worker % 12)
+    return range(first, first + _PORTS)
 
 
 def _is_free(kind: socket.SocketKind, port: int) -> bool:
