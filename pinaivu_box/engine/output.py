@@ -1,4 +1,4 @@
-"""Turns the output of steps into text and frames, in a thread of its own.
+"""Turns the output of steps into text and frames, mostly in a thread of its own (`frame_writer`).
 
 A frame holds all output since the last one: a slow reader gets fewer and larger frames, and never
 slows a step.

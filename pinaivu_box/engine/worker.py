@@ -20,28 +20,22 @@ from pinaivu_box import startup
 from pinaivu_box.engine import sandboxes
 from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.engine import Engine
+from pinaivu_box.engine.frame_writer import FrameWriter
 from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
 from pinaivu_box.engine.messages import (
     Cancel,
-    FromEngine,
     ListDevices,
-    LoadFailed,
     LoadModel,
-    PrefixesSaved,
     Probe,
     Ready,
-    Refused,
     SavePrefixes,
-    Tokenized,
     decode_to_engine,
-    encode,
     read_body,
 )
 from pinaivu_box.engine.one_answer import answer_one, load_failed
-from pinaivu_box.engine.output import OutputBuffer, StepOutput
 from pinaivu_box.engine.patience import set_patience
 from pinaivu_box.engine.preparation_queue import PreparationQueue
-from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
+from pinaivu_box.engine.request_preparer import RequestPreparer
 from pinaivu_box.engine.runner import ModelFacts
 from pinaivu_box.engine.runners import Runners, load_runners
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
@@ -61,8 +55,6 @@ class _StopStringFound:
 
 Work = Sequence | EmbeddingJob | ImageEncoded | Cancel | SavePrefixes | _StopStringFound
 Inbox = queue.SimpleQueue[Work]
-OutputEvent = PreparedRequest | Refused | StepOutput
-Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Ready | LoadFailed | PrefixesSaved | None]
 
 
 def main() -> None:
@@ -72,7 +64,7 @@ def main() -> None:
     threading.excepthook = _die
     set_patience()  # before a runner loads OpenMP
     # C libraries print; what they print must not land among the frames.
-    frames_out = os.fdopen(os.dup(1), "wb", buffering=0)
+    frames_out = os.dup(1)
     os.dup2(2, 1)
     frames_in = sys.stdin.buffer
     body = read_body(frames_in)
@@ -80,14 +72,13 @@ def main() -> None:
         return
     load = decode_to_engine(body)
     if isinstance(load, ListDevices | Probe):
-        answer_one(load, frames_in, frames_out)
+        with os.fdopen(frames_out, "wb", buffering=0) as stream:
+            answer_one(load, frames_in, stream)
         return
     if not isinstance(load, LoadModel):
         raise BoxError("The first frame of an engine must be LoadModel, ListDevices or Probe.")
-    outbox: Outbox = queue.SimpleQueue()
     inbox: Inbox = queue.SimpleQueue()
-    writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
-    writer.start()
+    writer = FrameWriter(frames_out, lambda request_id: inbox.put(_StopStringFound(request_id)))
     preparation: Future[PreparationQueue] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
     reading = (frames_in, preparation, inbox)
@@ -96,7 +87,7 @@ def main() -> None:
     try:
         runners = load_runners(load)
         preparer = RequestPreparer(runners.model, children, load)
-        preparation.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
+        preparation.set_result(PreparationQueue(preparer, writer.put, inbox.put))
         images = ImageEncoder(preparer.images, inbox.put) if runners.model.projector else None
         store = _prefix_store(load, runners.model.facts)
         engine = Engine(
@@ -107,38 +98,38 @@ def main() -> None:
             draft=runners.draft,
         )
     except BoxError as error:
-        outbox.put(load_failed(error))
-        outbox.put(None)
-        writer.join()
+        writer.put(load_failed(error))
+        writer.close()
         # At a usual exit Python would wait for the thread that reads stdin.
         os._exit(0)
     startup.end()
-    outbox.put(_ready(runners, preparer.template))
+    writer.put(_ready(runners, preparer.template))
     try:
-        run(engine, inbox, outbox)
+        run(engine, inbox, writer)
     except BoxError as error:  # a device that fails, say
         sys.stderr.write(f"{error.message}\n")
         sys.stderr.flush()
         os._exit(1)
 
 
-def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+def run(engine: Engine, inbox: Inbox, writer: FrameWriter) -> None:
     """The loop: sleep when idle, else take what has arrived and compute one step.
 
-    Reading, tokenizing, text and frames are other threads' work, done while C computes.
+    Reading, tokenizing, text and frames are other threads' work, done while C computes; but see
+    `FrameWriter.put_step`.
     """
     while True:
         if not engine.busy:
             engine.check_integrity()
-            _receive(engine, inbox.get(), outbox)
+            _receive(engine, inbox.get(), writer)
         while not inbox.empty():
-            _receive(engine, inbox.get(), outbox)
-        outbox.put(engine.step())
+            _receive(engine, inbox.get(), writer)
+        writer.put_step(engine.step())
 
 
-def _receive(engine: Engine, item: Work, outbox: Outbox) -> None:
+def _receive(engine: Engine, item: Work, writer: FrameWriter) -> None:
     if isinstance(item, SavePrefixes):
-        outbox.put(engine.save_prefixes())
+        writer.put(engine.save_prefixes())
     elif isinstance(item, Sequence | EmbeddingJob):
         engine.add(item)
     elif isinstance(item, ImageEncoded):
@@ -190,28 +181,3 @@ def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue], inbox:
         elif not isinstance(message, LoadModel | ListDevices | Probe):
             preparation.result().take(message)
     os._exit(0)
-
-
-def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
-    # A full pipe (a busy parent) blocks this thread, not the steps: what they give meanwhile goes
-    # into one frame.
-    output, taken = OutputBuffer(), False
-    try:
-        while (event := outbox.get()) is not None:
-            if isinstance(event, OutputEvent):
-                taken = True
-                for request_id in output.take(event):
-                    inbox.put(_StopStringFound(request_id))
-            else:
-                _write(stream, event)
-            if taken and (output.large or outbox.empty()):
-                _write(stream, output.frame())
-                taken = False
-    except BrokenPipeError:
-        os._exit(0)
-
-
-def _write(stream: BinaryIO, frame: FromEngine) -> None:
-    data = memoryview(encode(frame))
-    while data:
-        data = data[stream.write(data) :]

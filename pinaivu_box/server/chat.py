@@ -36,10 +36,14 @@ from pinaivu_box.openai.types import (
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall, last_fields, reader_of
 from pinaivu_box.server.jobs import chat_job, choices
-from pinaivu_box.server.sse import DONE, EventStream, encode_event, encode_json
-
-_PLACEHOLDER = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
-_ENCODED_PLACEHOLDER = b'"\\u0000"'
+from pinaivu_box.server.sse import (
+    DONE,
+    PLACEHOLDER,
+    EventStream,
+    around_text,
+    encode_event,
+    encode_json,
+)
 
 
 async def create_chat_completion(
@@ -141,9 +145,8 @@ class _ChatAnswer:
         match event:
             case ChoiceStarted():
                 self._begin(event)
-                template = self._chunk(event.choice, {"content": _PLACEHOLDER})
-                before, after = template.split(_ENCODED_PLACEHOLDER)
-                self._around_text[event.choice] = before, after
+                template = self._chunk(event.choice, {"content": PLACEHOLDER})
+                self._around_text[event.choice] = around_text(template)
                 return self._chunk(event.choice, {"role": "assistant", "content": ""})
             case Output():
                 reader, logprobs = self._choices[event.choice].reader, _logprobs(event)

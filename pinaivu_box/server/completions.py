@@ -23,7 +23,14 @@ from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall, last_fields
 from pinaivu_box.server.jobs import choices, job_of
-from pinaivu_box.server.sse import DONE, EventStream, encode_event
+from pinaivu_box.server.sse import (
+    DONE,
+    PLACEHOLDER,
+    EventStream,
+    around_text,
+    encode_event,
+    encode_json,
+)
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's, of this endpoint alone
 _MAX_CHOICES = 128
@@ -88,6 +95,7 @@ class _CompletedChoice:
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
+        self.has_logprobs = job.logprobs is not None
         self._job = job
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # in the text, of the next token
@@ -126,6 +134,8 @@ class _CompletionAnswer:
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._choices = [_CompletedChoice(job) for job in jobs]
         self._end: Finished
+        # What stands around the text of a chunk, by choice: it is encoded only once.
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
         self._fields = call.first_fields("cmpl-", "text_completion", jobs[0])
         if call.ignored:
             self._fields["ignored_parameters"] = call.ignored
@@ -158,10 +168,15 @@ class _CompletionAnswer:
         match event:
             case ChoiceStarted():
                 echo = self._begin(event)
+                template = self._chunk(CompletionChoice(event.choice, PLACEHOLDER, None))
+                self._around_text[event.choice] = around_text(template)
                 return self._chunk(CompletionChoice(event.choice, echo, None)) if echo else b""
             case Output():
                 choice = self._choices[event.choice]
                 choice.finish_reason = event.finish_reason
+                if event.text and not choice.has_logprobs:
+                    before, after = self._around_text[event.choice]
+                    return before + encode_json(event.text) + after
                 if not event.text and not event.logprobs:
                     return b""
                 logprobs = choice.next_logprobs(event.logprobs)

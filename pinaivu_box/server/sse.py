@@ -16,6 +16,9 @@ DONE = b"data: [DONE]" + END_OF_EVENT
 KEEP_ALIVE = b": waiting" + END_OF_EVENT
 KEEP_ALIVE_SECONDS = 5.0
 
+PLACEHOLDER = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
+_ENCODED_PLACEHOLDER = b'"\\u0000"'
+
 encode_json = msgspec.json.Encoder().encode
 
 
@@ -25,6 +28,13 @@ def encode_event(data: object, name: str = "", event_id: str = "") -> bytes:
     if event_id:
         head = b"id: %b\n%b" % (event_id.encode(), head)
     return head + encode_json(data) + END_OF_EVENT
+
+
+def around_text(event: bytes) -> tuple[bytes, bytes]:
+    """What stands before and after the text of an encoded event whose one text is `PLACEHOLDER`, so
+    that of each event like it the text alone is encoded."""
+    before, after = event.split(_ENCODED_PLACEHOLDER)
+    return before, after
 
 
 def encode_line(data: object) -> bytes:
