@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from pinaivu_box.amount import UNITS, Prices, prices, to_text
 from pinaivu_box.errors import ApiError, BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.gateway import quota as quota_module
 from pinaivu_box.gateway.admission import limits_of
-from pinaivu_box.gateway.quota import Credit, Limits, Quota, Quotas, Reservation, Window
+from pinaivu_box.gateway.quota import Credit, Entry, Limits, Quota, Quotas, Reservation, Window
 from pinaivu_box.policy import Budget, Policy, check, parse_budget
 from pinaivu_box.store.keys import Key
 
@@ -218,6 +219,18 @@ def test_a_window_tells_when_there_is_room(
         assert window.used + amount <= limit
     else:
         assert window.used + amount <= limit
+
+
+def test_a_principal_without_limits_takes_no_more_memory_with_each_request() -> None:
+    now = 0.0
+    quota, limits = Quota(now=lambda: now, wall=lambda: now), Limits("The key")
+    for _ in range(1000):
+        now += 1.0
+        quota.count_request(limits)
+        quota.reserve(limits, tokens=7).end(5, 0)
+    kept = [one for one in gc.get_objects() if isinstance(one, Entry)]
+    windows = (quota.requests, quota.tokens)
+    assert 0 < sum(one.window in windows for one in kept) <= 3 * 60
 
 
 def test_a_restart_remembers_the_last_minute_and_the_budget() -> None:
