@@ -13,8 +13,10 @@ import pytest
 from pinaivu_box.models import bundled
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.box_fleet import STEADY, Fleet, fleet
-from tests.support.process_box import pinaivu, wait_until
+from tests.support.in_process_command import run_command
+from tests.support.process_box import wait_until
 from tests.support.streamed_chat import StreamedChat
+from tests.support.waiting import DEADLINE
 
 MODEL = "fake:2"  # at ben and carl only
 DEAR = "fake:3"  # at all three, and anna asks more for it than the others
@@ -105,7 +107,7 @@ def test_a_box_lost_in_mid_stream_leaves_no_seam(boxes: Fleet, how: signal.Signa
         assert first["completion_tokens"] + second["completion_tokens"] == TOKENS
         assert first["model_digest"] == second["model_digest"]
         assert first["sampling"] == second["sampling"]
-    pinaivu("receipts", "verify", streams[0].request_id, home=boxes.anna.home)
+    run_command("receipts", "verify", streams[0].request_id, home=boxes.anna.home)
     late.check_whole(TOKENS)
     assert [one["node_id"] for one in proofs_of(boxes, late)] == [other]
     routing = receipt_of(boxes, late)["routing"]
@@ -123,7 +125,7 @@ def test_a_box_that_is_told_to_stop_finishes_what_it_serves(boxes: Fleet) -> Non
     stream.check_whole(TOKENS)
     (proof,) = proofs_of(boxes, stream)
     assert proof["node_id"] == boxes.ids[name] and proof["witness"] is None
-    assert boxes.servers[name].process.wait(30) == 0
+    assert boxes.servers[name].process.wait(DEADLINE) == 0
     boxes.mend(name)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import gguf_files
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.model_copies import digest_of, made_up
 from tests.support.peer_box import MakePeerBox, PeerBox, joined_boxes
-from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import PINAIVU, Box, environment, wait_until
 
 NAME = "made:up"
 LARGE = 96 * 1024 * 1024
@@ -20,14 +21,14 @@ LARGE = 96 * 1024 * 1024
 def put(box: PeerBox, data: bytes, name: str = NAME) -> None:
     (box.home / "models").mkdir(exist_ok=True)
     (box.home / "models" / f"{name}.gguf").write_bytes(data)
-    pinaivu("reload", home=box.home)
+    run_command("reload", home=box.home)
 
 
 def slowly(box: PeerBox) -> None:
     """What it gives from now on takes its time: five seconds for a large one."""
     config = box.home / "config.toml"
     config.write_text(config.read_text() + "[peering.serve]\ncopy_mb_per_s = 20\n")
-    pinaivu("reload", home=box.home)
+    run_command("reload", home=box.home)
 
 
 def offers(box: PeerBox, peer: str, model: str) -> bool:
@@ -57,9 +58,9 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: MakePeerBox) -> N
     data = made_up(1)
     put(anna, data)
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
-    said = pinaivu("pull", NAME, "--from", "anna", home=ben.home).stdout
+    said = run_command("pull", NAME, "--from", "anna", home=ben.home).stdout
     assert said == "made:up is served: 38 MB from anna\n"
-    listed = {one["id"]: one for one in pinaivu_json("ls", home=ben.home)}
+    listed = {one["id"]: one for one in run_command_json("ls", home=ben.home)}
     assert digest_of(Path(listed[NAME]["path"]).read_bytes()) == digest_of(data)
     assert NAME in {model.id for model in ben.client.models.list().data}
     wait_until(lambda: offers(carl, "ben", NAME) and offers(carl, "anna", NAME), "both offer it")
@@ -69,17 +70,19 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: MakePeerBox) -> N
         "anna": True,
         "ben": True,
     }
-    (entry,) = [one for one in pinaivu_json("audit", home=carl.home) if "pull" in one["action"]]
+    (entry,) = [one for one in run_command_json("audit", home=carl.home) if "pull" in one["action"]]
     assert (entry["action"], entry["detail"]["digest"]) == ("model.pull", digest_of(data))
     # In several files it is one model, to whom it is offered and who pulls it.
     parts = [
         gguf_files.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)
     ]
     gguf_files.put_split(anna.home / "models" / "publisher", "split", parts)
-    pinaivu("reload", home=anna.home)
+    run_command("reload", home=anna.home)
     wait_until(lambda: offers(ben, "anna", "split:latest"), "it is offered")
-    pinaivu("pull", "split", "--from", "anna", home=ben.home)
-    (pulled,) = [one for one in pinaivu_json("ls", home=ben.home) if one["id"] == "split:latest"]
+    run_command("pull", "split", "--from", "anna", home=ben.home)
+    (pulled,) = [
+        one for one in run_command_json("ls", home=ben.home) if one["id"] == "split:latest"
+    ]
     came = [digest_of(Path(path).read_bytes()) for path in pulled["files"]]
     assert came == [digest_of(data) for data in parts]
 
@@ -97,7 +100,7 @@ def test_a_box_that_is_killed_in_the_middle_goes_on(member: MakePeerBox) -> None
     assert first.returncode == 1 and "The box stopped" in error and '"done"' not in out
     ben.start()
     wait_until(lambda: ben.sees("anna") and offers(ben, "anna", NAME), "they met again")
-    pinaivu("pull", NAME, "--from", "any", home=ben.home)
+    run_command("pull", NAME, "--from", "any", home=ben.home)
     copied = ben.home / "models" / f"{NAME}.gguf"
     assert digest_of(copied.read_bytes()) == digest_of(data)
 
@@ -131,7 +134,7 @@ def test_a_peer_gets_no_model_that_its_limits_exclude(member: MakePeerBox) -> No
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
 
     def refused() -> str:
-        done = pinaivu("pull", NAME, "--from", "anna", home=ben.home, check=False)
+        done = run_command("pull", NAME, "--from", "anna", home=ben.home, check=False)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         return str(done.stderr)
 
@@ -144,5 +147,5 @@ def test_a_peer_gets_no_model_that_its_limits_exclude(member: MakePeerBox) -> No
     anna.peers("edit", "ben", "--hours", "none")
     config = anna.home / "config.toml"
     config.write_text(config.read_text() + "share_models = false\n")
-    pinaivu("reload", home=anna.home)
+    run_command("reload", home=anna.home)
     assert "does not share its models with yours" in refused()
