@@ -4,9 +4,7 @@ that pages make."""
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -15,7 +13,7 @@ from playwright.sync_api import Page, Route, expect
 from pinaivu_box.server.pages.routes import PAGES
 from tests.browser.conftest import OpenWindow
 from tests.support.axe import serious_violations
-from tests.support.browser import page_loaded, what_is_too_wide
+from tests.support.browser import page_loaded, take_screenshot, what_is_too_wide
 from tests.support.fake_model import FAKE
 from tests.support.process_box import StartBox
 from tests.support.seeded_box import (
@@ -28,7 +26,6 @@ from tests.support.seeded_box import (
     seeded_box,
 )
 
-SCREENSHOTS = os.environ.get("PINAIVU_SCREENSHOTS", "")  # a folder that they are written to
 THEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 WIDTHS = (1440, 360)
 
@@ -118,9 +115,7 @@ def look_at(page: Page, path: str) -> None:
         page.emulate_media(color_scheme=theme, reduced_motion="reduce")
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
-            if SCREENSHOTS:  # they take as long as all the rest
-                file = Path(SCREENSHOTS) / f"{name}-{theme}-{width}.png"
-                page.screenshot(path=file, full_page=True)
+            take_screenshot(page, f"{name}-{theme}-{width}")
             where = f"{theme}, {width} px"
             wrong += [f"{where}, too wide: {one}" for one in what_is_too_wide(page)]
             if (theme, width) in (("light", 1440), ("dark", 360)):  # each takes half a second
