@@ -32,6 +32,7 @@ settings.register_profile(
 settings.load_profile("steady")
 
 
+FOLDER = Path(__file__).parent
 # Files that take longest, longest first: whoever begins with them last ends last.
 LONGEST = (
     "tests/test_binary.py", "tests/clients/test_clients.py", "tests/test_crash.py",
@@ -42,21 +43,30 @@ LONGEST = (
     "tests/peering/test_relay.py", "tests/peering/test_pulling.py",
     "tests/peering/test_failover.py", "tests/test_model_files.py", "tests/test_errors.py",
     "tests/test_limits_served.py", "tests/browser/test_pages.py",
-    "tests/browser/test_chat_page.py",
+    "tests/browser/test_chat_page.py", "tests/test_witness_http.py", "tests/test_upstream.py",
+    "tests/engine/test_replay_bits.py", "tests/test_tampered_receipts.py",
+    "tests/engine/test_exact_bits.py", "tests/test_retention.py", "tests/test_hostile_bodies.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files by LONGEST, and marks tests as `in_process` whose files start no box."""
+    """Orders files by LONGEST, and marks tests as `in_process` whose files start no box.  Of this
+    folder, those come last: they are short, so all workers end at about the same time."""
     places = {file: place for place, file in enumerate(LONGEST)}
 
     def place(item: pytest.Item) -> int:
-        return places.get(item.nodeid.partition("::")[0], len(places))
+        file = item.nodeid.partition("::")[0]
+        is_short = in_process(item) and item.path.parent == FOLDER
+        return places.get(file, len(places) + is_short)
 
     items.sort(key=place)
     for item in items:
-        if isinstance(item, pytest.Function) and not starts_boxes(item.module):
+        if in_process(item):
             item.add_marker(pytest.mark.in_process)
+
+
+def in_process(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and not starts_boxes(item.module)
 
 
 @cache

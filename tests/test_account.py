@@ -22,8 +22,9 @@ from pinaivu_box.store.audit import BOX
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
 from tests.support.fake_model import FAKE
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.pages import PASSWORD, log_in, logged_in, make_account, make_owner, visitor
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
+from tests.support.process_box import Box, StartBox
 
 NEW = "another long password"
 
@@ -123,7 +124,7 @@ def test_what_an_admin_does_to_an_account_ends_its_sessions(box: Box, how: str) 
         elif how == "removed":
             box.http("DELETE", path)
         else:
-            pinaivu(
+            run_command(
                 "accounts", "passwd", f"bob-{how}", "--password-stdin", home=box.home, input=NEW
             )
         assert bob.get("/v1/usage").status_code == 401
@@ -147,7 +148,7 @@ def test_sessions_are_listed_and_ended(box: Box) -> None:
         secret = create(one, policy={"scopes": ["account"]}).json()["key"]
         assert with_key(box, secret, "GET", "/v1/account").status_code == 200
         assert with_key(box, secret, "GET", "/v1/account/sessions").status_code == 401
-    trail = pinaivu_json("audit", "--target", "cleo", home=box.home)
+    trail = run_command_json("audit", "--target", "cleo", home=box.home)
     assert any(entry["actor_name"] == "cleo" for entry in trail)
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.in_process_command import make_key, run_command, run_command_json
 from tests.support.process_box import Box, wait_until
+from tests.support.waiting import DEADLINE
 
 CONFIG = """
 [engine]
@@ -151,7 +152,7 @@ def test_draining_refuses_requests_whose_prompt_is_being_counted(
         box.process.send_signal(signal.SIGTERM)
         refused = asked.result()
     assert refused.status_code == 503 and "shutting down" in refused.json()["detail"]
-    assert box.process.wait(30) == 0
+    assert box.process.wait(DEADLINE) == 0
 
 
 def test_a_request_refused_or_left_before_it_began_costs_nothing(

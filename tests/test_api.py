@@ -20,7 +20,8 @@ from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.scheduler import MIN_AWAITED_TOKENS
 from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.support.process_box import MODEL, Box, pinaivu, wait_until
+from tests.support.in_process_command import run_command
+from tests.support.process_box import MODEL, Box, wait_until
 
 FAKE = "fake:1"
 PERSON = {
@@ -490,7 +491,7 @@ def test_a_conversation_goes_on_where_it_was(box: Box) -> None:
 
 def test_responses_are_deleted_unseen_by_others_and_kept_only_if_wanted(box: Box) -> None:
     kept = respond(box, input="x", max_output_tokens=1)
-    other = json.loads(pinaivu("keys", "create", "--json", home=box.home).stdout)["key"]
+    other = json.loads(run_command("keys", "create", "--json", home=box.home).stdout)["key"]
     with pytest.raises(openai.NotFoundError):
         box.client_with(other).responses.retrieve(kept.id)
     with pytest.raises(openai.NotFoundError):

@@ -20,8 +20,8 @@ from pinaivu_box.cli.banner import banner
 from pinaivu_box.server_config import ServerConfig
 from pinaivu_box.terminal_log import TerminalFormatter
 from tests.support.fake_model import FAKE
-from tests.support.in_process_command import run_command_json
-from tests.support.process_box import Box, environment, pinaivu
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, environment
 from tests.support.terminal import Terminal
 
 KEY = "sk-pnv-" + "k" * 43
@@ -162,7 +162,7 @@ def test_no_color_is_heeded(
     """By tables, which have bold headings."""
     from tests.support import process_box
 
-    pinaivu("keys", "create", "--name", "a", home=home)
+    run_command("keys", "create", "--name", "a", home=home)
     kept = {name: each for name, each in environment().items() if name != "NO_COLOR"}
     wanted = {**kept, "TERM": "xterm", **variables}
     monkeypatch.setattr(process_box, "environment", lambda **_: wanted)

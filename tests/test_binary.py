@@ -23,6 +23,7 @@ from tests.support import fake_gpu
 from tests.support.process_box import MODEL, Box, alive, environment, pinaivu, wait_until
 from tests.support.release_server import fake_executable, release_server
 from tests.support.released_files import released
+from tests.support.waiting import DEADLINE
 
 pytestmark = [
     pytest.mark.skipif(
@@ -200,7 +201,7 @@ def test_a_kill_leaves_no_process_and_the_next_start_goes_on(box: Box) -> None:
     ask(box)
     engine, folder = engine_pid(box), unpacked(engine_pid(box))
     box.kill()
-    wait_until(lambda: not alive(engine), "the end of the engine", 20)
+    wait_until(lambda: not alive(engine), "the end of the engine")
     box.start()
     ask(box)
     assert unpacked(engine_pid(box)) == folder
@@ -255,7 +256,7 @@ def test_a_signal_to_the_whole_group_drains(
         next(iter(stream))
         os.killpg(os.getpgid(slow.process.pid), signal.SIGINT)
         assert list(stream)[-1].choices[0].finish_reason == "length"
-        assert slow.process.wait(30) == 0
+        assert slow.process.wait(DEADLINE) == 0
     finally:
         end(slow)
 

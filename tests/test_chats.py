@@ -20,8 +20,9 @@ from tests.support.chats import (
     messages,
 )
 from tests.support.fake_model import FAKE
+from tests.support.in_process_command import run_command
 from tests.support.pages import PASSWORD, logged_in, make_account
-from tests.support.process_box import UNDRAFTED, Box, StartBox, pinaivu, wait_until
+from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
 
 SLOW = "fake:20"
 EMBEDS = "embed:1"
@@ -176,7 +177,10 @@ def test_a_loaded_embedding_model_finds_memories(box: Box, person: Any) -> None:
     finally:
         headers = {"Authorization": f"Bearer {box.key}"}
         unload = f"{box.url}/v1/admin/models/unload"
-        assert httpx.post(unload, json={"model": EMBEDS}, headers=headers).status_code == 200
+        assert (
+            httpx.post(unload, json={"model": EMBEDS}, headers=headers, timeout=60).status_code
+            == 200
+        )
 
 
 def test_memories_are_added_edited_and_deleted(ada: httpx.Client) -> None:
@@ -423,7 +427,7 @@ def test_a_reset_password_leaves_the_chats_to_the_recovery_key(box: Box, person:
     chat = conversation(emil, title="Kept")
     recovery = emil.post("/v1/account/recovery-key", json={}).json()["recovery_key"]
     new = "another password"
-    pinaivu("accounts", "passwd", "emil", "--password-stdin", home=box.home, input=f"{new}\n")
+    run_command("accounts", "passwd", "emil", "--password-stdin", home=box.home, input=f"{new}\n")
     emil = person("emil", new)
     state = emil.get("/v1/account/sealed").json()
     told = {"sealed": "password", "unlocked": False, "recovery_key": True, "lost": True}
@@ -569,7 +573,7 @@ def test_an_erased_account_leaves_its_sums_and_none_of_its_words(
     assert hilde.post("/v1/responses", json=response).status_code == 200
     assert files_with(box.home, "Wolpertinger") != []
     if how == "command":
-        pinaivu("accounts", "erase", name, "--yes", home=box.home)
+        run_command("accounts", "erase", name, "--yes", home=box.home)
     else:
         erase = "/v1/account/erase"
         assert hilde.post(erase, json={"name": name, "password": "wrong"}).status_code == 403
@@ -590,7 +594,7 @@ def test_an_erased_account_leaves_its_sums_and_none_of_its_words(
     )
     assert hilde.get("/v1/conversations").status_code == 401
     login = {"name": name, "password": PASSWORD}
-    assert httpx.post(f"{box.url}/v1/session", json=login).status_code == 401
+    assert httpx.post(f"{box.url}/v1/session", json=login, timeout=60).status_code == 401
 
 
 def test_an_account_is_erased_while_it_is_answered(box: Box, person: Any) -> None:

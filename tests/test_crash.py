@@ -23,6 +23,7 @@ from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import MODEL, UNDRAFTED, Box, alive, wait_until
 from tests.support.spending import spent
 from tests.support.streamed_chat import URL, StreamedChat, body, http_client
+from tests.support.waiting import DEADLINE
 
 MakeBox = Callable[..., Box]
 FAKE = "fake:1"
@@ -123,7 +124,7 @@ def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path:
                 swarm = Swarm(box, MODEL, (1, 4), number)
             else:
                 swarm = Swarm(box, FAKE, (3, 40), number)
-            wait_until(lambda: len(swarm.completed) >= 5, "first answers", 120)  # noqa: B023
+            wait_until(lambda: len(swarm.completed) >= 5, "first answers")  # noqa: B023
             time.sleep(dice.uniform(0, 0.3))
             box.kill()
             swarm.join()
@@ -169,7 +170,7 @@ def test_no_engine_survives_a_killed_server(new_box: MakeBox) -> None:
     assert len(pids) == 2 and all(alive(pid) for pid in pids)
     box.kill()
     for pid in pids:
-        wait_until(lambda: not alive(pid), f"the end of engine {pid}", 30)  # noqa: B023
+        wait_until(lambda: not alive(pid), f"the end of engine {pid}")  # noqa: B023
     for stream in streams:
         stream.join()
         assert not stream.done
@@ -310,7 +311,7 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox)
     assert box.http("GET", "/health").status_code == 200
     assert not stream.done  # all this happened while it ran
     stream.check_whole(500)
-    assert box.process.wait(60) == 0
+    assert box.process.wait(DEADLINE) == 0
     assert not alive(pid)
     assert receipt_of(box, stream.request_id)["finish_reason"] == "length"
     assert not (box.home / "run.json").exists()
@@ -324,7 +325,7 @@ def test_a_sigterm_that_reaches_the_engine_as_well_does_not_end_it_first(new_box
     os.kill(engine_of(box, FAKE)["pid"], signal.SIGTERM)
     box.process.send_signal(signal.SIGTERM)
     stream.check_whole(200)
-    assert box.process.wait(30) == 0
+    assert box.process.wait(DEADLINE) == 0
     assert len(receipt_of(box, stream.request_id)["proofs"]) == 1
 
 
@@ -336,7 +337,7 @@ def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:
     )
     plain.start()
     wait_until(lambda: box.engines() and box.engines()[0]["running"], "the request to run")
-    assert box.stop(60) == 0
+    assert box.stop() == 0
     plain.join(180)
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 100
@@ -352,7 +353,7 @@ def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
     wait_until(lambda: draining(box), "/readyz to fail")
     time.sleep(0.5)  # two at the same moment are one: a signal to a group may come twice
     box.process.send_signal(signal.SIGTERM)
-    assert box.process.wait(30) != 0
+    assert box.process.wait(DEADLINE) != 0
     stream.join()
     assert not stream.done
     wait_until(lambda: not alive(pid), "the end of the engine")
@@ -363,7 +364,7 @@ def test_a_request_that_outlasts_the_drain_is_cancelled_with_its_receipt(new_box
     box = new_box("--model", f"{FAKE}=fake:50", config=config)
     stream = StreamedChat(box, FAKE, 5000)
     stream.wait_for_text(3)
-    assert box.stop(60) == 0
+    assert box.stop() == 0
     stream.join()
     receipt = receipt_of(box, stream.request_id)
     assert receipt["finish_reason"] == "cancelled"

@@ -30,7 +30,7 @@ from pinaivu_box.nvml import Nvml, pci_id
 from tests.support import fake_gpu
 from tests.support.bare_engine import ready_of
 from tests.support.in_process_command import run_command
-from tests.support.process_box import Box, pinaivu
+from tests.support.process_box import Box
 
 pytestmark = pytest.mark.anyio
 
@@ -314,7 +314,7 @@ def test_a_box_tells_its_devices_and_what_engines_take_there(tmp_path: Path) -> 
         assert devices["CUDA0"]["others"] == 0  # the engine's own process is none of them
         assert [backend["name"] for backend in listed["backends"]] == ["cuda"]
 
-        scraped = httpx.get(f"{box.url}/metrics").text
+        scraped = httpx.get(f"{box.url}/metrics", timeout=60).text
         metrics = {
             (sample.name, *sample.labels.values()): sample.value
             for family in text_string_to_metric_families(scraped)
@@ -325,9 +325,9 @@ def test_a_box_tells_its_devices_and_what_engines_take_there(tmp_path: Path) -> 
         for name in ("utilisation_ratio", "temperature_celsius", "power_watts"):
             assert metrics[f"pinaivu_device_{name}", "CUDA1"] > 0
 
-        shown = pinaivu("ps", "--devices", home=box.home).stdout
+        shown = run_command("ps", "--devices", home=box.home).stdout
         assert "RTX 3060" in shown and "°C" in shown
-        assert "CUDA0 " in pinaivu("ps", home=box.home).stdout
+        assert "CUDA0 " in run_command("ps", home=box.home).stdout
         assert "Devices   CUDA0 RTX 3060, 2,147 MB, CUDA1 RTX 4090" in box.output
 
         fit = box.http(

@@ -259,7 +259,10 @@ def test_the_root_says_what_there_is(here: Box) -> None:
 def test_head_is_get_without_the_body(here: Box) -> None:
     paths = {route.path for route in ENDPOINTS if "GET" in (route.methods or ())}
     with httpx.Client(
-        base_url=here.url, headers={"Authorization": f"Bearer {here.key}"}, trust_env=False
+        base_url=here.url,
+        headers={"Authorization": f"Bearer {here.key}"},
+        timeout=60,
+        trust_env=False,
     ) as client:  # over one connection, where a body would be taken for the next answer
         stream = client.head("/v1/admin/events", headers={"accept": "text/event-stream"})
         assert stream.headers["content-type"].startswith("text/event-stream")

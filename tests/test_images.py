@@ -19,9 +19,10 @@ from PIL import Image
 
 from tests.support.chats import ask, conversation, files_with, messages
 from tests.support.image_server import ImageServer, image_server
+from tests.support.in_process_command import run_command
 from tests.support.pages import logged_in, make_account
 from tests.support.process_box import MODEL as BLIND
-from tests.support.process_box import Box, StartBox, pinaivu
+from tests.support.process_box import Box, StartBox
 from tests.support.registry_server import registry_server
 from tests.support.tiny_vision import encoded, image, put
 
@@ -372,7 +373,7 @@ def test_a_receipt_commits_to_the_image(here: Box, tmp_path: Path) -> None:
 
     def verified(request: Json) -> bool:
         paths["request"].write_text(json.dumps(request))
-        checked = pinaivu(
+        checked = run_command(
             "receipts", "verify", str(paths["receipt"]), "--request", str(paths["request"]),
             "--answer", str(paths["answer"]), home=tmp_path / "none", check=False,
         )  # fmt: skip

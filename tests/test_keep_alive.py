@@ -19,7 +19,8 @@ from pinaivu_box.models import catalog_loader, memory
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.settings import BoxSettings, LiveSettings
 from tests.support import waiting
-from tests.support.process_box import Box, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command_json
+from tests.support.process_box import Box, wait_until
 
 CONFIG = """
 [engine]
@@ -80,7 +81,7 @@ def await_unloaded(box: Box, model: str) -> None:
 
 
 def new_key(box: Box, *options: str) -> str:
-    return str(pinaivu_json("keys", "create", *options, home=box.home)["key"])
+    return str(run_command_json("keys", "create", *options, home=box.home)["key"])
 
 
 ENDPOINTS: dict[str, dict[str, Any]] = {

@@ -39,6 +39,7 @@ from tests.support.scripted_boxes import (
     set_patience,
     silent,
 )
+from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.anyio
 
@@ -193,7 +194,7 @@ async def test_a_second_box_is_asked_if_the_first_says_nothing_in_time() -> None
     network = Network(None, first, second, hedge=0.05)
     await whole(network.ask())
     assert served_by(network) == [second.node_id]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await first.legs[0].cancelled.wait()
         await first.legs[0].ended.wait()  # it was heard out: what it has computed is owed to it
     assert network.candidates.of(network.job(), "")[0].sent == 0
@@ -214,7 +215,7 @@ async def test_the_first_box_to_answer_serves_also_if_it_was_asked_first() -> No
     said.set()
     await whole(listener)
     assert served_by(network) == [first.node_id]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await second.legs[0].ended.wait()
     assert second.legs[0].cancelled.is_set()
 
@@ -252,7 +253,7 @@ async def test_a_cancellation_reaches_both_boxes_of_a_hedge() -> None:
     await second.asked()
     listener.request.cancel()
     await listener.running
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         for box in (first, second):
             await box.legs[0].ended.wait()
     assert all(box.legs[0].cancelled.is_set() for box in (first, second))
@@ -349,7 +350,7 @@ async def test_a_cancellation_ends_the_wait_for_a_box() -> None:
     await listener.hear(5)
     await asyncio.sleep(0.05)
     listener.request.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await listener.running
     ((account, reason),) = network.ledger.recorded
     assert (account.completion_tokens, reason) == (5, "cancelled")

@@ -12,8 +12,9 @@ import pytest
 
 from pinaivu_box.login.throttle import SignupThrottle
 from tests.support.fake_model import FAKE
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.pages import PASSWORD, log_in, logged_in, make_account, make_owner, visitor
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
+from tests.support.process_box import Box, StartBox
 from tests.support.terminal import Terminal
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -33,7 +34,7 @@ def use(client: httpx.Client, token: str, password: str = PASSWORD) -> httpx.Res
 
 
 def new_link(box: Box, name: str) -> str:
-    return token_of(pinaivu("accounts", "link", name, home=box.home).stdout.strip())
+    return token_of(run_command("accounts", "link", name, home=box.home).stdout.strip())
 
 
 def age_links(home: Path, minutes: int) -> None:
@@ -53,7 +54,7 @@ def test_the_way_to_the_first_login(box: Box) -> None:
         assert welcome.status_code == 200 and "pinaivu accounts link owner" in welcome.text
         assert "/login/link/" not in box.output  # that is no terminal
 
-        printed = pinaivu("accounts", "link", "owner", home=box.home).stdout.strip()
+        printed = run_command("accounts", "link", "owner", home=box.home).stdout.strip()
         assert printed.startswith(("http://localhost:", "http://127.0.0.1:"))
         assert f":{box.url.rpartition(':')[2]}/login/link/" in printed
         token = token_of(printed)
@@ -86,7 +87,7 @@ def test_the_first_link_is_printed_on_a_terminal_until_somebody_has_a_password(
         terminal.expect("Log in")
         link = terminal.expect("(works once").strip()
         terminal.expect("Try it with curl")
-        page = httpx.get(link, trust_env=False)
+        page = httpx.get(link, timeout=60, trust_env=False)
         assert page.status_code == 200 and "owner" in page.text
         with visitor(link.partition("/login")[0]) as client:
             assert use(client, token_of(link)).status_code == 200
@@ -135,7 +136,7 @@ def test_an_admin_makes_links_and_a_member_does_not(box: Box) -> None:
         made = owner.post("/v1/admin/accounts/cat/link").json()
         assert made["account"] == "cat" and made["url"].startswith(f"{box.url}/login/link/")
         assert use(client, token_of(made["url"])).json()["account"]["name"] == "cat"
-    actions = [entry["action"] for entry in pinaivu_json("audit", home=box.home)]
+    actions = [entry["action"] for entry in run_command_json("audit", home=box.home)]
     assert {"account.password_link", "account.passwd", "session.create"} <= set(actions)
 
 
@@ -145,7 +146,7 @@ def sign_up(client: httpx.Client, name: str, **more: Any) -> httpx.Response:
 
 def test_an_invitation_makes_one_account(box: Box) -> None:
     make_account(box.home, "taken")
-    token = token_of(pinaivu_json(
+    token = token_of(run_command_json(
         "accounts", "invite", "--config", str(box.args[1]), home=box.home
     )["url"])  # fmt: skip
     with visitor(box.url) as client:
@@ -172,7 +173,7 @@ def test_an_invitation_makes_one_account(box: Box) -> None:
 def test_who_may_sign_up_is_the_operator_s_to_say(
     box: Box, new_box: StartBox, tmp_path: Path
 ) -> None:
-    closed = pinaivu("accounts", "invite", home=tmp_path / "empty", check=False)
+    closed = run_command("accounts", "invite", home=tmp_path / "empty", check=False)
     assert closed.returncode == 1 and "signup" in closed.stderr
     started = new_box("--model", f"{FAKE}=fake:1", config='[login]\nsignup = "open"\n')
     with visitor(started.url) as client:

@@ -16,7 +16,8 @@ from pinaivu_box.cli.banner import banner
 from pinaivu_box.models import bundled, folder_watch
 from pinaivu_box.models.folder_watch import FolderWatch
 from tests.support.gguf_files import part, put_split, valid
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, wait_until
 
 FAKE = "fake:1"
 
@@ -88,7 +89,7 @@ def test_a_file_is_served_once_it_is_written(box: Box, place: Path) -> None:
         os.utime(file)
         assert not_served(box)["slow-copy.gguf"].endswith("it was written to a moment ago")
     assert logged(box, "slow-copy") == []
-    checks = json.loads(pinaivu("doctor", "--json", home=box.home, check=False).stdout)
+    checks = json.loads(run_command("doctor", "--json", home=box.home, check=False).stdout)
     (check,) = [one for one in checks if "slow-copy" in one["found"]]
     assert check["state"] == "warning" and "being written" in check["todo"]
 
@@ -96,7 +97,7 @@ def test_a_file_is_served_once_it_is_written(box: Box, place: Path) -> None:
         growing.write(data[5000:])
     await_served(box, "slow-copy:latest")
     assert "slow-copy.gguf" not in not_served(box)
-    assert "slow-copy:latest" in {one["id"] for one in pinaivu_json("ls", home=box.home)}
+    assert "slow-copy:latest" in {one["id"] for one in run_command_json("ls", home=box.home)}
     (line,) = logged(box, "slow-copy")
     assert "serving slow-copy:latest" in line
 

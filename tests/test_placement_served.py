@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pinaivu_box.models import bundled
 from tests.support import fake_gpu
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, wait_until
 
 CONFIG = """
 [engine]
@@ -36,16 +37,16 @@ def test_ps_says_why_each_engine_is_where_it_is(tmp_path: Path) -> None:
         wait_until(lambda: [e["state"] for e in box.engines()] == ["idle"], "a:1 is loaded")
         body = {"model": "b:1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         assert box.http("POST", "/v1/chat/completions", json=body).status_code == 200
-        why = {each["model"]: each["why"] for each in pinaivu_json("ps", home=home)}
+        why = {each["model"]: each["why"] for each in run_command_json("ps", home=home)}
         assert why["a:1"].startswith("all on CUDA1: ")
         assert why["b:1"].endswith("on the CPU, as gpu_layers = 0 says")
-        shown = pinaivu("ps", "--why", "--wide", home=home).stdout
+        shown = run_command("ps", "--why", "--wide", home=home).stdout
         assert all(text in shown for text in why.values())
         (shared / "others").write_text("0 990\n1 215\n")
         wait_until(lambda: [e["model"] for e in box.engines()] == ["b:1"], "a:1 made way")
         body["model"] = "a:1"
         assert box.http("POST", "/v1/chat/completions", json=body).status_code == 200
-        why = {each["model"]: each["why"] for each in pinaivu_json("ps", home=home)}
+        why = {each["model"]: each["why"] for each in run_command_json("ps", home=home)}
         assert "CPU" in why["a:1"]
     finally:
         box.end()

@@ -19,7 +19,8 @@ from pinaivu_box.home import identity_of
 from pinaivu_box.identity import Identity
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, RECEIPT_DOMAIN
-from tests.support.process_box import MODEL, Box, StartBox, pinaivu
+from tests.support.in_process_command import run_command
+from tests.support.process_box import MODEL, Box, StartBox
 from tests.support.streamed_chat import StreamedChat
 
 Json = dict[str, Any]
@@ -45,7 +46,7 @@ def box(module_box: StartBox) -> Box:
 
 
 def audited(box: Box, *args: str) -> tuple[int, Json]:
-    done = pinaivu("receipts", "audit", *args, "--json", home=box.home, check=False)
+    done = run_command("receipts", "audit", *args, "--json", home=box.home, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -225,7 +226,7 @@ def test_the_first_difference_is_told_in_a_sentence(box: Box, honest: str, tmp_p
     said = Said(box, honest)
     other_token(said)
     said.commit()
-    done = pinaivu("receipts", "audit", *said.write(tmp_path), home=box.home, check=False)
+    done = run_command("receipts", "audit", *said.write(tmp_path), home=box.home, check=False)
     told = said.proof["prompt_tokens"] + 7
     recorded = said.leg["tokens"][7]
     assert done.returncode == 1 and f"{said.proof['request_id']}: differs." in done.stdout
@@ -237,7 +238,7 @@ def test_the_first_difference_is_told_in_a_sentence(box: Box, honest: str, tmp_p
 def test_what_was_not_changed_agrees_from_files_too(box: Box, honest: str, tmp_path: Path) -> None:
     said = Said(box, honest)
     said.commit()
-    done = pinaivu("receipts", "audit", *said.write(tmp_path), home=box.home)
+    done = run_command("receipts", "audit", *said.write(tmp_path), home=box.home)
     assert "agrees" in done.stdout and "to the bit" in done.stdout
 
 
@@ -311,8 +312,8 @@ def test_mistakes_are_told_in_a_sentence(box: Box, honest: str, tmp_path: Path) 
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     for args in (["req_0"], [str(broken)], [honest, "--transcript", str(broken)]):
-        done = pinaivu("receipts", "audit", *args, home=box.home, check=False)
+        done = run_command("receipts", "audit", *args, home=box.home, check=False)
         assert done.returncode == 1 and done.stderr.startswith("pinaivu: "), done.stderr
         assert "Traceback" not in done.stderr
-    done = pinaivu("receipts", "audit", honest, "--node-key", "x", home=box.home, check=False)
+    done = run_command("receipts", "audit", honest, "--node-key", "x", home=box.home, check=False)
     assert done.returncode == 2

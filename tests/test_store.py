@@ -26,6 +26,7 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.new_keys import Draft, NewKeys
 from pinaivu_box.store.schema import APPLICATION_ID, CURRENT, Schema
+from tests.support.waiting import DEADLINE
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.anyio
@@ -331,7 +332,7 @@ async def test_one_failing_write_among_32_fails_alone(
     writes = {str(n): [(INSERT, (str(n), n, n, "d"))] for n in range(32)}
     writes["17"].append(bad)  # a good statement, then the bad one: neither may stay
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             results = await asyncio.gather(
                 *(database.write(*statements) for statements in writes.values()),
                 return_exceptions=True,

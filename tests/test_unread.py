@@ -10,7 +10,8 @@ import h2.connection
 import h2.events
 import pytest
 
-from tests.support.process_box import Box, StartBox, pinaivu_json
+from tests.support.in_process_command import run_command_json
+from tests.support.process_box import Box, StartBox
 
 LARGE = 9_000_000
 LIMIT = "[server]\nmax_body_bytes = 1000000\n"
@@ -83,7 +84,7 @@ def test_a_refused_client_gets_the_error_and_connection_close(
 ) -> None:
     status, method, path, key = case
     if key == "inference":
-        key = pinaivu_json("keys", "create", "--scope", "inference", home=here.home)["key"]
+        key = run_command_json("keys", "create", "--scope", "inference", home=here.home)["key"]
     lines = [f"Authorization: Bearer {here.key if key == 'all' else key}"] if key else []
     if key == "preflight":
         lines = ["Origin: http://x", "Access-Control-Request-Method: POST"]

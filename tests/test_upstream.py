@@ -23,6 +23,7 @@ from tests.support.process_box import wait_until
 from tests.support.spending import spent
 from tests.support.upstream_box import UpstreamBox, events
 from tests.support.vllm_server import CONTEXT, MODEL, Exchange, answer, vllm_server
+from tests.support.waiting import DEADLINE
 
 NOT_A_BOX = "upstream, not executed by a box"
 WEATHER = {
@@ -92,7 +93,7 @@ def test_a_stream_is_passed_on_as_it_comes(box: UpstreamBox) -> None:
             exchange.chunk(role="assistant", content="")
             exchange.chunk(content="One")
             first.set()
-            rest.wait(20)
+            rest.wait(DEADLINE)
             exchange.chunk(content=" two")
             exchange.chunk("length", content="")
             exchange.usage(3, 2, cached=2)
@@ -711,7 +712,7 @@ def test_a_place_is_waited_for(box: UpstreamBox) -> None:
         def script(exchange: Exchange) -> None:
             running[0] += 1
             most[0] = max(most[0], running[0])
-            go.wait(20)
+            go.wait(DEADLINE)
             running[0] -= 1
             answer()(exchange)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.upstream.places import Places
+from tests.support.waiting import soon
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def test_whoever_waits_gets_the_place_that_becomes_free() -> None:
     await visitors.run_dry()
     assert visitors.order == ["a.1", "a.2", "a.3", "a.4"]
     assert (visitors.places.free, visitors.places.waiting) == (2, 0)
-    await asyncio.wait_for(visitors.places.idle(), 5)
+    await soon(visitors.places.idle())
 
 
 @pytest.mark.anyio

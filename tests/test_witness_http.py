@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from pinaivu_box.log import checkpoint, note
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.keys import known_identity
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.written_log import WrittenLog, cosignature_time
 
 FAKE = ("--model", "fake:1=fake:0")
@@ -51,11 +52,11 @@ def get(box: Box, origin: str) -> httpx.Response:
 
 
 def node_key(box: Box) -> bytes:
-    return bytes.fromhex(pinaivu_json("id", home=box.home)["node_id"].removeprefix("node_"))
+    return bytes.fromhex(run_command_json("id", home=box.home)["node_id"].removeprefix("node_"))
 
 
 def doctor_on_logs(box: Box) -> list[dict[str, str]]:
-    done = pinaivu("doctor", "--json", home=box.home, check=False)
+    done = run_command("doctor", "--json", home=box.home, check=False)
     return [check for check in json.loads(done.stdout) if check["name"] == "others' logs"]
 
 
@@ -102,7 +103,7 @@ def test_hostile_bodies_are_refused_and_bounded(witness: Box) -> None:
         assert refused.status_code == 400, refused.text
         assert refused.text.isascii() and "\x1b" not in refused.text
     assert post(witness, "old 0\n\n" + "x" * 200_000).status_code == 413
-    assert httpx.get(f"{witness.url}/v1/witness/%0a/checkpoint").status_code == 404
+    assert httpx.get(f"{witness.url}/v1/witness/%0a/checkpoint", timeout=60).status_code == 404
     assert get(witness, log.origin).status_code == 404
 
 
@@ -128,19 +129,19 @@ def test_evidence_is_listed_printed_and_dismissed(
     second = WrittenLog(KNOWN.signing_key, seed="two").grow(12)
     assert post(box, second.submission(7)).status_code == 422
     assert "two histories" in box.errors
-    (alarm,) = pinaivu_json("receipts", "evidence", home=box.home)
+    (alarm,) = run_command_json("receipts", "evidence", home=box.home)
     assert (alarm["kind"], alarm["node_id"]) == ("fork", KNOWN.node_id)
     assert [each["state"] for each in doctor_on_logs(box)] == ["failed"]
-    document = pinaivu("receipts", "evidence", alarm["id"][:8], home=box.home).stdout
+    document = run_command("receipts", "evidence", alarm["id"][:8], home=box.home).stdout
     file = tmp_path / "fork.json"
     file.write_text(document)
-    verified = pinaivu("receipts", "evidence", str(file), home=tmp_path / "nowhere")
+    verified = run_command("receipts", "evidence", str(file), home=tmp_path / "nowhere")
     assert verified.stdout.count(" ok ") == 4
-    pinaivu("receipts", "evidence", alarm["id"], "--dismiss", home=box.home)
-    (alarm,) = pinaivu_json("receipts", "evidence", home=box.home)
+    run_command("receipts", "evidence", alarm["id"], "--dismiss", home=box.home)
+    (alarm,) = run_command_json("receipts", "evidence", home=box.home)
     assert alarm["dismissed"] and doctor_on_logs(box) == []
     for wrong in (["00"], ["abcdef00"], ["--dismiss"], [str(tmp_path / "none")]):
-        refused = pinaivu("receipts", "evidence", *wrong, home=box.home, check=False)
+        refused = run_command("receipts", "evidence", *wrong, home=box.home, check=False)
         assert refused.returncode in (1, 2) and refused.stderr.count("\n") == 1
 
 

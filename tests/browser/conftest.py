@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -13,7 +12,6 @@ from tests.support import browser
 from tests.support.browser import SECONDS, Window
 
 expect.set_options(timeout=SECONDS * 1000)
-SCREENSHOTS = Path(__file__).parent / "screenshots"  # ignored by git
 
 
 class OpenWindow(Protocol):

@@ -11,9 +11,9 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from pinaivu_box.server.pages.routes import PAGES
-from tests.browser.conftest import SCREENSHOTS, OpenWindow
+from tests.browser.conftest import OpenWindow
 from tests.support.axe import serious_violations
-from tests.support.browser import page_loaded, what_is_too_wide
+from tests.support.browser import page_loaded, take_screenshot, what_is_too_wide
 from tests.support.fake_model import FAKE
 from tests.support.process_box import StartBox
 from tests.support.seeded_box import (
@@ -108,14 +108,14 @@ def test_a_page_that_does_not_exist_is_a_page_too(
 
 
 def look_at(page: Page, path: str) -> None:
-    """Takes a screenshot in each theme and width.  Raises AssertionError with all that is wrong."""
+    """Looks in each theme and width.  Raises AssertionError with all that is wrong."""
     name = path.strip("/").replace("/", "-").replace("{", "").replace("}", "")
     wrong = []
     for theme in THEMES:
         page.emulate_media(color_scheme=theme, reduced_motion="reduce")
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
-            page.screenshot(path=SCREENSHOTS / f"{name}-{theme}-{width}.png", full_page=True)
+            take_screenshot(page, f"{name}-{theme}-{width}")
             where = f"{theme}, {width} px"
             wrong += [f"{where}, too wide: {one}" for one in what_is_too_wide(page)]
             if (theme, width) in (("light", 1440), ("dark", 360)):  # each takes half a second

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Request, expect
 
-from tests.browser.conftest import SCREENSHOTS, OpenWindow
+from tests.browser.conftest import OpenWindow
 from tests.support import transcript_vectors
 from tests.support.axe import serious_violations
-from tests.support.browser import INSECURE_HOST, Window, what_is_too_wide
+from tests.support.browser import INSECURE_HOST, Window, take_screenshot, what_is_too_wide
 from tests.support.fake_model import FAKE
 from tests.support.in_process_command import run_command_json
 from tests.support.pages import PASSWORD, make_account, make_owner
@@ -120,7 +120,7 @@ def look_at(page: Page, name: str) -> None:
     wrong = []
     for width in (1440, 360):
         page.set_viewport_size({"width": width, "height": 900})
-        page.screenshot(path=SCREENSHOTS / f"{name}-{width}.png", full_page=True)
+        take_screenshot(page, f"{name}-{width}")
         wrong += what_is_too_wide(page) + serious_violations(page)
     assert not wrong, "\n".join(wrong)
 

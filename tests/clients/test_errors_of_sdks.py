@@ -18,7 +18,8 @@ import pytest
 
 from tests.clients.conftest import NodePackage
 from tests.support import gguf_files
-from tests.support.process_box import Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, environment, wait_until
 
 HERE = Path(__file__).parent
 TABLE: list[dict[str, Any]] = tomllib.loads((HERE / "errors.toml").read_text())["row"]
@@ -58,10 +59,10 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 @pytest.fixture(scope="module")
 def keys(strict: Box) -> dict[str, str]:
     def make(*options: str) -> dict[str, Any]:
-        return dict(pinaivu_json("keys", "create", *options, home=strict.home))
+        return dict(run_command_json("keys", "create", *options, home=strict.home))
 
     made = {name: make(*options) for name, options in KEYS.items()}
-    pinaivu("keys", "edit", made["blocked"]["id"], "--block", "unpaid", home=strict.home)
+    run_command("keys", "edit", made["blocked"]["id"], "--block", "unpaid", home=strict.home)
     secrets = {name: key["key"] for name, key in made.items()}
     return {"admin": strict.key, "plain": make()["key"], "wrong": "sk-wrong", **secrets}
 
@@ -69,7 +70,7 @@ def keys(strict: Box) -> dict[str, str]:
 def use_up(box: Box, keys: dict[str, str]) -> dict[str, str]:
     """With a new key for the limited one, whose one request of the minute was just made: an older
     one's minute might end meanwhile."""
-    secret = str(pinaivu_json("keys", "create", *KEYS["limited"], home=box.home)["key"])
+    secret = str(run_command_json("keys", "create", *KEYS["limited"], home=box.home)["key"])
     body = {"model": "fake:1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     assert box.http("POST", "/v1/chat/completions", key=secret, json=body).status_code == 200
     return {**keys, "limited": secret}

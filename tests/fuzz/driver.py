@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import hypothesis
-import schemathesis
 from hypothesis import HealthCheck, Phase
 
-from tests.support.process_box import Box, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box
 
 SECONDS = 60.0  # for one answer: longer is a hang
 MODEL = "fake:1"
@@ -42,6 +42,8 @@ class Fuzzer:
         )
 
     def run(self) -> None:
+        import schemathesis  # here: it takes a second, in every process that collects tests
+
         document = self._box.http("GET", "/openapi.json").json()
         _name_what_is_there(document, self._box.home)
         schema = schemathesis.openapi.from_dict(_with_a_model(document))
@@ -125,8 +127,8 @@ def _name_what_is_there(document: dict[str, Any], home: Path) -> None:
     keys, accounts = [], []
     for number in range(3):
         accounts.append(name := f"fuzzed-{number}")
-        pinaivu("accounts", "create", name, home=home)
-        keys.append(pinaivu_json("keys", "create", "--account", name, home=home)["id"])
+        run_command("accounts", "create", name, home=home)
+        keys.append(run_command_json("keys", "create", "--account", name, home=home)["id"])
     there = {"key_id": keys, "account": accounts}
     for operations in document["paths"].values():
         for operation in operations.values():

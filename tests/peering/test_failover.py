@@ -15,6 +15,7 @@ from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.box_fleet import STEADY, Fleet, fleet
 from tests.support.process_box import wait_until
 from tests.support.streamed_chat import StreamedChat
+from tests.support.waiting import DEADLINE
 
 MODEL = "fake:2"  # at ben and carl only
 DEAR = "fake:3"  # at all three, and anna asks more for it than the others
@@ -123,7 +124,7 @@ def test_a_box_that_is_told_to_stop_finishes_what_it_serves(boxes: Fleet) -> Non
     stream.check_whole(TOKENS)
     (proof,) = proofs_of(boxes, stream)
     assert proof["node_id"] == boxes.ids[name] and proof["witness"] is None
-    assert boxes.servers[name].process.wait(30) == 0
+    assert boxes.servers[name].process.wait(DEADLINE) == 0
     boxes.mend(name)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.process_box import environment, wait_until
+from tests.support.waiting import DEADLINE
 
 
 class HeadlessBox:
@@ -61,7 +62,7 @@ class HeadlessBox:
     def stop(self) -> int:
         assert self.process.stdin
         self.process.stdin.close()
-        return self.process.wait(30)
+        return self.process.wait(DEADLINE)
 
 
 @pytest.fixture

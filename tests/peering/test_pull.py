@@ -23,8 +23,9 @@ from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
 from tests.support import gguf_files
+from tests.support.in_process_command import run_command
 from tests.support.model_copies import NAME, SIZE, CopyNetwork, WrongPieces, digest_of, made_up
-from tests.support.process_box import Box, pinaivu
+from tests.support.process_box import Box
 from tests.support.records import offer
 from tests.support.waiting import soon, wait_until
 
@@ -312,20 +313,20 @@ async def test_a_file_that_is_no_model_is_not_given(puller: Puller) -> None:
 
 
 async def test_the_command_needs_a_running_box(tmp_path: Path) -> None:
-    done = pinaivu("pull", "m:1", "--from", "any", home=tmp_path / "home", check=False)
+    done = run_command("pull", "m:1", "--from", "any", home=tmp_path / "home", check=False)
     assert done.returncode == 1
     assert "No box is running" in done.stderr and "pinaivu serve" in done.stderr
 
 
 async def test_the_command_says_that_peering_is_off(new_box: Callable[..., Box]) -> None:
     box = new_box("--model", "fake:1=fake:0")
-    done = pinaivu("pull", "m:1", "--from", "any", home=box.home, check=False)
+    done = run_command("pull", "m:1", "--from", "any", home=box.home, check=False)
     assert done.returncode == 1 and "Peering is off" in done.stderr and "--peering" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 async def test_the_command_needs_a_box_that_runs(tmp_path: Path) -> None:
-    done = pinaivu("pull", "m:1", home=tmp_path / "home", check=False)
+    done = run_command("pull", "m:1", home=tmp_path / "home", check=False)
     assert done.returncode == 1 and "pinaivu serve" in done.stderr
 
 

@@ -11,6 +11,7 @@ from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
 from pinaivu_box.transport import rpc, wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
 PEER = "node_" + "ab" * 32
@@ -164,7 +165,7 @@ async def test_work_for_a_peer_that_is_gone_is_cancelled(impatient: None) -> Non
 
     with pytest.raises(LinkLost):
         await messages(stream).wait_for(work(), Working(), 0.001)
-    await asyncio.wait_for(cancelled.wait(), 10)
+    await soon(cancelled.wait())
 
 
 async def test_a_last_message_is_read_before_the_stream_ends() -> None:

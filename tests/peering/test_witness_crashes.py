@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from pinaivu_box.log import checkpoint, note
+from tests.support.in_process_command import run_command_json
 from tests.support.peer_box import PeerBox, joined_boxes
-from tests.support.process_box import pinaivu_json, wait_until
+from tests.support.process_box import wait_until
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def test_whoever_is_killed_goes_on_from_what_was_cosigned(
         def has_witness(request_id: str = request_id) -> bool:
             text = anna.http("GET", f"/v1/log/proof/{request_id}").text.split("\n\n", 1)[1]
             named = checkpoint.witnesses_named(note.read(text))
-            return named == [pinaivu_json("id", home=ben.home)["node_id"]]
+            return named == [run_command_json("id", home=ben.home)["node_id"]]
 
         wait_until(has_witness, "the cosignature is stored")
     for box in (anna, ben):
-        assert pinaivu_json("receipts", "evidence", home=box.home) == []
+        assert run_command_json("receipts", "evidence", home=box.home) == []

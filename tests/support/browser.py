@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -142,6 +144,12 @@ def log_out(window: Window) -> None:
     window.page.goto("/logout")
     with page_loaded(window.page, "/login"):
         window.page.get_by_role("button", name="Log out").click()
+
+
+def take_screenshot(page: Page, name: str) -> None:
+    """Into the folder PINAIVU_SCREENSHOTS; without one not at all, as they take long."""
+    if folder := os.environ.get("PINAIVU_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 # Elements that reach out of the window to the right, unless something around them scrolls or clips.

@@ -46,7 +46,7 @@ def docker_registry(folder: Path) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/v2/", trust_env=False).status_code == 200
+        return httpx.get(f"{url}/v2/", timeout=60, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -45,7 +45,7 @@ def real_provider() -> Iterator[str]:
 
 def _answers(issuer: str) -> bool:
     try:
-        return httpx.get(f"{issuer}/jwks", trust_env=False).status_code == 200
+        return httpx.get(f"{issuer}/jwks", timeout=60, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 

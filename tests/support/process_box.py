@@ -22,9 +22,9 @@ import httpx
 import openai
 
 from pinaivu_box.tls.pinned import context_for
+from tests.support.waiting import DEADLINE
 
 MODEL = "smollm2:135m"
-START_SECONDS = 180.0
 # A token a step: with drafts `fake:20` says 4,000 tokens in two seconds instead of eighty.
 UNDRAFTED = "[engine]\ndrafting = false\n"
 # What `pinaivu` is here: the source tree, or the executable that build/binary made.
@@ -130,7 +130,7 @@ class Box:
                 text=True,
                 env=environment(**self.env),
             )
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + DEADLINE
         while not (self.home / "run.json").exists() or "Try it" not in self.output:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the box did not start: {self.errors}")
@@ -152,7 +152,7 @@ class Box:
     def errors(self) -> str:
         return self._errors.read_text()
 
-    def stop(self, seconds: float = 30) -> int:
+    def stop(self, seconds: float = DEADLINE) -> int:
         """SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -222,14 +222,21 @@ class StartBox(Protocol):
     def __call__(self, *args: str, config: str = "") -> Box: ...
 
 
-def wait_until(condition: Any, what: str, seconds: float = 180) -> Any:
-    """Poll until `condition()` is true; a deadline against hanging, not a claim about speed."""
+def wait_until(condition: Any, what: str, seconds: float = DEADLINE) -> Any:
+    """Poll until `condition()` is true.
+
+    It waits twice as long as the condition took before it asks again: what it waits for needs the
+    processor too.
+    """
     deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        if time.monotonic() > deadline:
+    while True:
+        looked = time.monotonic()
+        if result := condition():
+            return result
+        now = time.monotonic()
+        if now > deadline:
             raise AssertionError(f"still waiting for: {what}")
-        time.sleep(0.02)
-    return result
+        time.sleep(min(max(0.02, 2 * (now - looked)), 1.0))
 
 
 def alive(pid: int) -> bool:

@@ -67,7 +67,7 @@ class RelayOnlyNetwork:
 
     def ask(self, path: str) -> httpx.Response:
         """The relay, from where it lives."""
-        return self.places["relay"].do(lambda: httpx.get(URL + path, trust_env=False))
+        return self.places["relay"].do(lambda: httpx.get(URL + path, timeout=60, trust_env=False))
 
     def end(self) -> None:
         self.close_relay()

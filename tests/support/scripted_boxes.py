@@ -42,6 +42,7 @@ from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.upstream.upstreams import Upstreams
 from tests.support.keys import known_identity
 from tests.support.records import offer
+from tests.support.waiting import DEADLINE
 
 MODEL = "scripted:1"
 DIGEST = "d" * 64
@@ -110,7 +111,7 @@ class ScriptedBox:
 
     async def asked(self, legs: int = 1) -> ScriptedLeg:
         """The latest leg, once there are so many."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             while len(self.legs) < legs:  # noqa: ASYNC110, it is looked at from outside
                 await asyncio.sleep(0.005)
         return self.legs[-1]
@@ -216,13 +217,13 @@ class Listener:
 
     async def hear(self, tokens: int) -> None:
         """Until so many tokens have come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             while len(self.tokens) < tokens:
                 self.heard += await self.request.events.take()
 
     async def end(self) -> RequestEvent:
         """The last event."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             while not self.heard or not isinstance(self.heard[-1], Finished | Failed):
                 self.heard += await self.request.events.take()
             assert await self.running == self.heard[-1]

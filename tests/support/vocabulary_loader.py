@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 MAX_BYTES = 3 * 2**30  # of the child's address space, libraries included
-_SECONDS = 60
+_SECONDS = 180
 
 
 class VocabularyLoader:
