@@ -225,7 +225,6 @@ def link(call: Call, name: str) -> None:
 @standard_options(config=True)
 def invite(call: Call) -> None:
     """Make an invitation to sign up, which works once, for a week."""
-    from pinaivu_box.errors import CliError
     from pinaivu_box.store import login_links
 
     if call.config().login.signup == "closed":

@@ -25,6 +25,11 @@ from pinaivu_box.cli.transcripts import (
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
 
+_JSON_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_node_key_option = click.option(
+    "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
+)
+
 
 @click.group(cls=Group)
 def receipts() -> None:
@@ -61,9 +66,7 @@ def show(call: Call, request_id: str) -> None:
 @click.option(
     "--all", "all_of_them", is_flag=True, help="Verify all receipts in HOME, and the log of them."
 )
-@click.option(
-    "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
-)
+@_node_key_option
 @click.option(
     "--witness",
     "witnesses",
@@ -81,12 +84,12 @@ def show(call: Call, request_id: str) -> None:
 @click.option(
     "--request",
     "request_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_JSON_FILE,
     help="JSON body of the request: check that the receipt belongs to it.",
 )
 @click.option(
     "--answer",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_JSON_FILE,
     help="JSON body of the answer, or its text only: check that the receipt belongs to it, and to "
     "its log probabilities or vectors.",
 )
@@ -172,17 +175,15 @@ def transcript(call: Call, file_or_id: str, key_file: str | None) -> None:
 @click.option(
     "--request",
     "request_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_JSON_FILE,
     help="JSON body of the request, in place of a transcript; with --answer.",
 )
 @click.option(
     "--answer",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_JSON_FILE,
     help="JSON body of the answer, or its text only.",
 )
-@click.option(
-    "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
-)
+@_node_key_option
 def audit(
     call: Call,
     file_or_id: str,

@@ -36,7 +36,6 @@ from pinaivu_box.server.context import actor_of, box_of, named_field
 from pinaivu_box.server.paging import ListAnswer
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerLimits
-from pinaivu_box.store.witnessed import Alarm
 from pinaivu_box.text import utc_text
 
 T = TypeVar("T")
@@ -252,7 +251,10 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
             refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
             cost=_cost(peer, balance, box.config.peering),
             audits=_audits(box, node_id),
-            log_alarms=[_log_alarm(each) for each in box.witnessing.alarms.counting(node_id)],
+            log_alarms=[
+                views.LogAlarm(each.id, each.kind, utc_text(each.found_at / 1000), each.detail)
+                for each in box.witnessing.alarms.counting(node_id)
+            ],
         )
         peer_views.append(view)
     return peer_views
@@ -282,10 +284,6 @@ def _audits(box: Box, node_id: str) -> views.AuditsView:
     if found is None:
         return views.NOT_AUDITED
     return views.AuditsView(found.audits, found.failed, found.disproved, found.undecided)
-
-
-def _log_alarm(alarm: Alarm) -> views.LogAlarm:
-    return views.LogAlarm(alarm.id, alarm.kind, utc_text(alarm.found_at / 1000), alarm.detail)
 
 
 def _cost(peer: Peer, balance: Balance, peering: PeeringConfig) -> views.CostView:

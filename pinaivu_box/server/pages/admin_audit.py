@@ -18,6 +18,7 @@ from pinaivu_box.server.sessions import require_admin
 from pinaivu_box.text import number
 
 _PAGE = 100
+_FILTERS = ("actor", "action", "target", "since", "until")
 # What can be chosen as an action: all actions on a kind of thing begin with its name.
 ACTIONS = ("key", "account", "peer", "model", "ledger", "login", "session")
 
@@ -35,17 +36,8 @@ class AuditPageQuery(Struct, frozen=True):
 
 async def audit(request: Request, query: AuditPageQuery) -> HTMLResponse:
     require_admin(request)
-    wanted = AuditQuery(
-        limit=_PAGE,
-        after=number(query.after),
-        since=query.since,
-        until=query.until,
-        actor=query.actor,
-        action=query.action,
-        target=query.target,
-    )
-    names = ("actor", "action", "target", "since", "until")
-    filters = {name: getattr(query, name) for name in names}
+    filters = {name: getattr(query, name) for name in _FILTERS}
+    wanted = AuditQuery(limit=_PAGE, after=number(query.after), **filters)
     listing = admin_audit.list_audit_entries(request, wanted)
     return page(
         request,

@@ -54,9 +54,9 @@ _CLASSES: dict[_TokenType, str] = {
 
 def coloured(code: str, language: str) -> str:
     """HTML of the code: spans of the classes `tok-…` in a language that is known."""
-    lexer = _lexer(language.lower())
-    if lexer is None or not _bounded(code):
+    if language.lower() not in _LANGUAGES or not _bounded(code):
         return plain(code)
+    lexer = _lexer(language.lower())
     deadline = time.thread_time() + _MAX_SECONDS
     parts: list[str] = []
     run: list[str] = []
@@ -99,10 +99,6 @@ def _class(kind: _TokenType) -> str:
     return ""
 
 
-def _lexer(language: str) -> Lexer | None:
-    return _known_lexer(language) if language in _LANGUAGES else None
-
-
 @cache
-def _known_lexer(language: str) -> Lexer:
+def _lexer(language: str) -> Lexer:
     return get_lexer_by_name(_SYNONYMS.get(language, language), stripnl=False, ensurenl=False)
