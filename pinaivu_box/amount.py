@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from typing import TypeVar
 
 from msgspec import Struct
 
@@ -38,6 +40,9 @@ class Prices(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     def most(self, prompt: int, completion: int) -> int:
         """The maximum cost, however many of the prompt tokens are cached."""
         return max(self.cost(prompt, 0, completion), self.cost(prompt, prompt, completion))
+
+
+_Price = TypeVar("_Price", bound=str | Prices)
 
 
 def prices(price: str | Prices) -> Prices:
@@ -89,3 +94,11 @@ def to_text(amount: int) -> str:
     """The decimal of an amount, without exponent or trailing zeros: `1500000` -> `"0.0015"`."""
     whole, part = divmod(amount, UNITS)
     return f"{whole}.{part:09d}".rstrip("0").rstrip(".")
+
+
+def check(name: str, value: _Price, read: Callable[[_Price], object]) -> None:
+    """Check that `read` can read the value.  Raises ValueError that begins with the name."""
+    try:
+        read(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from error

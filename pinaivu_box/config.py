@@ -5,34 +5,38 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 import msgspec
 import platformdirs
 from msgspec import Meta
 
-from pinaivu_box import amount, login_config, server_config, tracing_config
+from pinaivu_box import (
+    amount,
+    login_config,
+    peering_config,
+    server_config,
+    tracing_config,
+    upstream_config,
+)
 from pinaivu_box.amount import Prices
-from pinaivu_box.config_section import Port, PositiveInt, Section
+from pinaivu_box.config_section import PositiveInt, Section, Weight
 from pinaivu_box.engine.messages import Exact, KvType, SamplingDefaults, Split
 from pinaivu_box.errors import CliError, ConfigurationInvalid
 from pinaivu_box.login_config import LoginConfig
+from pinaivu_box.peering_config import BEYOND, PeeringConfig, WitnessConfig
 from pinaivu_box.server_config import ServerConfig
-from pinaivu_box.text import NO_CONTROLS, whole
+from pinaivu_box.text import whole
 from pinaivu_box.tracing_config import TracingConfig
+from pinaivu_box.upstream_config import UpstreamConfig
 
 Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32 bits
-Weight = Annotated[float, Meta(ge=0)]
 GpuLayers = Annotated[int, Meta(ge=0)] | Literal["auto"]
-RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
-_Amount = TypeVar("_Amount", bound=str | Prices)
 
 
 class SharedPrefix(Section, frozen=True):
@@ -106,47 +110,6 @@ class AuditConfig(Section, frozen=True):
     first: Annotated[float, Meta(ge=0, le=1)] = 0.2
 
 
-class PeeringServeConfig(Section, frozen=True):
-    """The limits of peers; `pinaivu peers edit` sets others for one of them."""
-
-    max_parallel: PositiveInt = 8
-    tokens_per_minute: Annotated[int, Meta(ge=0)] = 0
-    credit_limit: str = ""
-    beyond: str = "idle"
-    models: tuple[str, ...] = ("*",)
-    hours: str = ""
-    copy_mb_per_s: Annotated[float, Meta(ge=0)] = 0.0
-
-
-class PeeringConfig(Section, frozen=True):
-    enabled: bool = False
-    host: str = "0.0.0.0"  # noqa: S104 - peers are on other machines, and authenticate
-    port: Port = 4002
-    relay: str = "none"
-    name: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
-    announce: bool = False
-    advertise: Annotated[tuple[str, ...], Meta(max_length=4)] = ()
-    policy: RoutingPolicy = "prefer-local"
-    same_name: bool = False
-    share_models: bool = True
-    price_weight: Weight = 0.4
-    time_weight: Weight = 0.3
-    reputation_weight: Weight = 0.3
-    hedge_ms: Annotated[int, Meta(ge=0)] = 0
-    max_price: str = ""
-    max_debt: str = ""
-    serve: PeeringServeConfig = PeeringServeConfig()
-
-
-class WitnessConfig(Section, frozen=True):
-    """Beside the members of the network: `logs` that this box witnesses, each a node id or the key
-    of a log as other programs write it (NAME+ID+BASE64), and `urls` of witnesses for its own log.
-    """
-
-    logs: Annotated[tuple[str, ...], Meta(max_length=256)] = ()
-    urls: Annotated[tuple[str, ...], Meta(max_length=32)] = ()
-
-
 class ExplorerConfig(Section, frozen=True):
     """Who may open it: "login", keys and sessions, or "public", everybody."""
 
@@ -203,31 +166,6 @@ class ModelConfig(ModelSettings, frozen=True, kw_only=True):
     path: str = ""
 
 
-class UpstreamConfig(Section, frozen=True, kw_only=True):
-    """Another server with OpenAI's API; `url` is that of its `/models` without it.
-
-    `models` are its names, with `*` for any characters, or names here with the names there.  The
-    key is in an environment variable or a file, never here.  `price` is that of all its models,
-    `prices` of single ones by their names here.
-    """
-
-    name: str
-    url: str
-    models: tuple[str, ...] | dict[str, str] = ("*",)
-    key_env: str = ""
-    key_file: str = ""
-    concurrency: PositiveInt = 32
-    price: str | Prices = ""
-    prices: dict[str, str | Prices] = {}
-    health: Literal["models", "health", "none"] = "models"
-    health_seconds: Annotated[float, Meta(ge=0.1)] = 15.0
-    connect_seconds: Annotated[float, Meta(gt=0)] = 5.0
-    first_token_seconds: Annotated[float, Meta(gt=0)] = 300.0
-    stall_seconds: Annotated[float, Meta(gt=0)] = 60.0
-    openai_only: bool = False
-    for_peers: bool = False
-
-
 class Config(Section, frozen=True):
     models_dir: str = ""
     model_caches: tuple[str, ...] = ()
@@ -265,22 +203,11 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-_BEYOND = ("idle", "refuse")
 _CACHES = ("ollama", "lm-studio", "llama.cpp")
-HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
-_URL = re.compile(r"https?://[!-~]{1,90}")
-_UPSTREAM_URL = re.compile(r"https?://[!-~]{1,2000}")
-_LOG = re.compile(r"node_[0-9a-f]{64}|[^\s+]{1,256}\+[0-9a-f]{8}\+[A-Za-z0-9+/]{44}")
-_UPSTREAM_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HOST_PORT = re.compile(
-    r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
-    r":(?P<port>[0-9]{1,5})"
-)
 _DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
 MAX_ADAPTER_SCALE = 1000
 _MAX_DURATION_SECONDS = 365_250 * 86400.0
 _MIN_RETENTION_SECONDS = 7200.0
-_MIN_COPY_MB_PER_S = 0.1  # at less, a piece takes longer than a peer waits for it
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -418,18 +345,18 @@ def _check(config: Config) -> None:
     for name, choice, choices in (
         ("log.level", config.log.level, LOG_LEVELS),
         ("log.format", config.log.format, LOG_FORMATS),
-        ("peering.serve.beyond", config.peering.serve.beyond, _BEYOND),
+        ("peering.serve.beyond", config.peering.serve.beyond, BEYOND),
     ):
         if choice not in choices:
             raise ValueError(f"{name} is '{choice}', not one of {', '.join(choices)}")
-    _check_peering(config.peering)
-    _check_witness(config.witness)
-    check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
-    check_amount("pricing.per_billion", config.pricing.per_billion or "0", amount.prices)
+    peering_config.check_peering(config.peering)
+    peering_config.check_witness(config.witness)
+    amount.check("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
+    amount.check("pricing.per_billion", config.pricing.per_billion or "0", amount.prices)
     for name, price in config.pricing.models.items():
-        check_amount(f'pricing.models."{name}"', price, amount.prices)
+        amount.check(f'pricing.models."{name}"', price, amount.prices)
     for model in config.model:
-        check_amount(f"the price of model {model.name}", model.price or "0", amount.prices)
+        amount.check(f"the price of model {model.name}", model.price or "0", amount.prices)
         if model.keep_alive:
             parse_duration(model.keep_alive)
         _check_adapters(model)
@@ -437,52 +364,10 @@ def _check(config: Config) -> None:
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is used twice")
     for upstream in config.upstream:
-        _check_upstream(upstream)
+        upstream_config.check(upstream)
     names = [upstream.name for upstream in config.upstream]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the upstream name {sorted(doubled)[0]} is used twice")
-
-
-def _check_upstream(upstream: UpstreamConfig) -> None:
-    if not _UPSTREAM_NAME.fullmatch(upstream.name):
-        raise ValueError(
-            f"the upstream name '{upstream.name[:80]}' is not made of letters, digits, '.', '_' "
-            "and '-'"
-        )
-    where = f"upstream {upstream.name}"
-    try:
-        parts = urlsplit(upstream.url)
-        is_base = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
-    except ValueError:
-        is_base = False
-    if not is_base or not _UPSTREAM_URL.fullmatch(upstream.url):
-        raise ValueError(
-            f"{where}: its url is no base URL such as https://HOST/v1 or http://HOST:8000/v1"
-        )
-    if "@" in parts.netloc:
-        raise ValueError(f"{where}: its url holds a password: use key_env or key_file")
-    if upstream.key_env and upstream.key_file:
-        raise ValueError(f"{where}: it has both key_env and key_file: leave one out")
-    if not upstream.models or not all(upstream.models):
-        raise ValueError(f'{where}: it has no models: write ["*"] for all that it has')
-    check_amount(f"{where}: its price", upstream.price or "0", amount.prices)
-    for model, price in upstream.prices.items():
-        check_amount(f'{where}: its price of "{model}"', price, amount.prices)
-
-
-def _check_witness(witness: WitnessConfig) -> None:
-    for text in witness.logs:
-        if not _LOG.fullmatch(text):
-            raise ValueError(
-                f"witness.logs has '{text[:80]}', which is neither a node id ('pinaivu id') nor a "
-                "log's key as in NAME+ID+BASE64"
-            )
-    for url in witness.urls:
-        if not _UPSTREAM_URL.fullmatch(url) or not urlsplit(url).hostname:
-            raise ValueError(
-                f"witness.urls has '{url[:80]}', which is no URL such as "
-                "https://HOST:4001/v1/witness"
-            )
 
 
 def _check_adapters(entry: ModelConfig) -> None:
@@ -497,63 +382,3 @@ def _check_adapters(entry: ModelConfig) -> None:
                 f"the scale of the adapter {adapter.path} of {entry.name} is {adapter.scale}: it "
                 f"must be from -{MAX_ADAPTER_SCALE} to {MAX_ADAPTER_SCALE}"
             )
-
-
-def _check_peering(peering: PeeringConfig) -> None:
-    try:
-        ipaddress.ip_address(peering.host)
-    except ValueError:
-        raise ValueError(f"peering.host is '{peering.host}', not an IP address") from None
-    if peering.relay not in ("none", "n0") and not _is_url(peering.relay):
-        raise ValueError(
-            f"peering.relay is '{peering.relay}', not none, n0 or the URL of a relay, such as "
-            "https://HOST or https://HOST:PORT"
-        )
-    for address in peering.advertise:
-        if not is_host_port(address):
-            raise ValueError(
-                f"peering.advertise has '{address}', which is not HOST:PORT or [IPv6]:PORT"
-            )
-    if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
-        raise ValueError(f"peering.serve.hours is '{peering.serve.hours}', not as in 18:00-08:00")
-    if 0 < peering.serve.copy_mb_per_s < _MIN_COPY_MB_PER_S:
-        raise ValueError(
-            f"peering.serve.copy_mb_per_s is {peering.serve.copy_mb_per_s:g}: it must be at least "
-            f"{_MIN_COPY_MB_PER_S:g}, or 0 for no limit"
-        )
-    if not peering.price_weight + peering.time_weight + peering.reputation_weight > 0:
-        raise ValueError(
-            "peering.price_weight, time_weight and reputation_weight must not all be 0"
-        )
-    check_amount("peering.serve.credit_limit", peering.serve.credit_limit or "0", amount.parse)
-    check_amount("peering.max_debt", peering.max_debt or "0", amount.parse)
-    check_amount("peering.max_price", peering.max_price or "0", amount.per_token)
-
-
-def check_amount(name: str, value: _Amount, read: Callable[[_Amount], object]) -> None:
-    """Check that `read` can read the value.  Raises ValueError that begins with the name."""
-    try:
-        read(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is {error}") from error
-
-
-def is_host_port(text: str) -> bool:
-    """Whether the text is HOST:PORT or [IPv6]:PORT."""
-    match = _HOST_PORT.fullmatch(text)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        return False
-    try:
-        return match["v6"] is None or ipaddress.ip_address(match["v6"]).version == 6
-    except ValueError:
-        return False
-
-
-def _is_url(text: str) -> bool:
-    """Whether the text is an HTTP URL, short enough to be an address of a box."""
-    try:
-        parts = urlsplit(text)
-        named = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return named and _URL.fullmatch(text) is not None

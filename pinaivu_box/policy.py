@@ -15,12 +15,10 @@ from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import (
     Config,
-    PeeringServeConfig,
-    RoutingPolicy,
-    check_amount,
     parse_duration,
     parse_span,
 )
+from pinaivu_box.peering_config import PeeringServeConfig, RoutingPolicy
 
 Scope = Literal["inference", "usage", "receipts", "account", "admin", "local-only"]
 SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "account", "admin")
@@ -180,11 +178,11 @@ def check(policy: Policy) -> None:
     if policy.budget is not None:
         _check_budget(policy.budget)
     for glob, prices in policy.prices.items():
-        check_amount(f'prices."{glob}"', prices, amount.prices)
+        amount.check(f'prices."{glob}"', prices, amount.prices)
 
 
 def _check_budget(budget: Budget) -> None:
-    check_amount("budget: its amount", budget.amount, amount.parse)
+    amount.check("budget: its amount", budget.amount, amount.parse)
     try:
         period = 1.0 if budget.period is None else parse_duration(budget.period)
     except ValueError as error:

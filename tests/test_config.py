@@ -19,13 +19,13 @@ from pinaivu_box.config import (
     Config,
     ModelConfig,
     SamplingConfig,
-    UpstreamConfig,
     default_home,
     load,
     parse_duration,
 )
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.errors import CliError
+from pinaivu_box.upstream_config import UpstreamConfig
 from tests.support.process_box import Box
 
 SAMPLE = Path(__file__).parent.parent / "sample.toml"

@@ -43,6 +43,8 @@ ROOMS = (
     "server_config",
     "login_config",
     "tracing_config",
+    "peering_config",
+    "upstream_config",
     "config",
     "policy",
     "policy_bounds",

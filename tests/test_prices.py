@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box import amount
 from pinaivu_box.amount import MAX_AMOUNT, Prices, per_parameters
-from pinaivu_box.config import Config, ModelConfig, PricingConfig, UpstreamConfig
+from pinaivu_box.config import Config, ModelConfig, PricingConfig
 from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.gguf import Header
@@ -25,6 +25,7 @@ from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.settings import BoxSettings, LiveSettings
 from pinaivu_box.upstream.upstreams import Upstreams
+from pinaivu_box.upstream_config import UpstreamConfig
 from tests.support.gguf_files import aligned, header, tensor, u32, word
 from tests.support.process_box import MODEL, StartBox
 

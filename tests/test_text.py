@@ -19,9 +19,10 @@ from msgspec import inspect as types
 
 from pinaivu_box import amount
 from pinaivu_box.admin.usage_report import parse_day
-from pinaivu_box.config import HOURS, parse_duration
+from pinaivu_box.config import parse_duration
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.membership.tickets import TicketInvalid, decode
+from pinaivu_box.peering_config import HOURS
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.openapi import specification

@@ -11,7 +11,7 @@ from random import Random
 import msgspec
 import pytest
 
-from pinaivu_box.config import Config, UpstreamConfig, load
+from pinaivu_box.config import Config, load
 from pinaivu_box.doctor import upstreams as doctor
 from pinaivu_box.engine.messages import Output, SamplingParams
 from pinaivu_box.errors import CliError
@@ -24,6 +24,7 @@ from pinaivu_box.secret import Secret, read_secret
 from pinaivu_box.settings import read_upstream_keys
 from pinaivu_box.upstream.answer import BadAnswer, StreamedAnswer
 from pinaivu_box.upstream.upstream import Upstream
+from pinaivu_box.upstream_config import UpstreamConfig
 from tests.support.in_process_box import in_process_box
 from tests.support.memory_transport import MemoryNetwork
 from tests.support.vllm_server import MODEL, VllmServer, vllm_server

@@ -11,8 +11,8 @@ import msgspec
 
 from pinaivu_box import policy as policies
 from pinaivu_box.cli.options import NONE, option_of, settings, span, whole_number
-from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.errors import UsageError
+from pinaivu_box.peering_config import RoutingPolicy
 from pinaivu_box.policy import LOCAL_ONLY, LONGEST_LIFE, SCOPES, Policy
 
 

@@ -16,8 +16,8 @@ from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.options import NONE, settings, span, standard_options, whole_number
 from pinaivu_box.cli.render import Column
-from pinaivu_box.config import is_host_port
 from pinaivu_box.errors import CliError, NotRunning, UsageError
+from pinaivu_box.peering_config import is_host_port
 
 _PATH = "/v1/admin/peers"
 _FOUND_COLUMNS = (

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from pinaivu_box.config import Config, UpstreamConfig
+from pinaivu_box.config import Config
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.errors import CliError
 from pinaivu_box.registry.reference import is_loopback
 from pinaivu_box.secret import Secret, read_secret
 from pinaivu_box.upstream.upstream import Upstream
+from pinaivu_box.upstream_config import UpstreamConfig
 
 _NAME = "upstream"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from pinaivu_box.engine.batch_chunk import BatchChunk
+from pinaivu_box.engine.batch_chunk import BatchChunk, batch_of
 from pinaivu_box.engine.draft_model import DraftModel
 from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.image_encoder import ImageEncoded, ImageEncoder
@@ -24,21 +24,19 @@ from pinaivu_box.engine.messages import (
     TokenLogprob,
 )
 from pinaivu_box.engine.output import NO_LOGITS, Logits, SequenceOutput, StepOutput
-from pinaivu_box.engine.prefix_cache import PRIVATE
 from pinaivu_box.engine.replay import Replay, ReplayedStep
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
+from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import Draw, Sampler, redraw, token_logprob
 from pinaivu_box.engine.scheduler import Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady_steps import SteadySteps
 from pinaivu_box.engine.step_cost import StepCostModel
+from pinaivu_box.engine.stored_prefixes import StoredPrefixes
 from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar
     from pinaivu_box.engine.prefix_store import PrefixStore  # libsodium is loaded if it is needed
-
-_MAX_SAVE_SECONDS = 2.0  # another model may wait for the memory
 
 
 class Engine:
@@ -59,7 +57,6 @@ class Engine:
     ) -> None:
         facts = runner.facts
         self._runner = runner
-        self._store = store
         self._facts = facts
         self.step_cost = StepCostModel()
         self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
@@ -82,11 +79,11 @@ class Engine:
             sharing=facts.sharing,
             draft_model=draft_model,
         )
+        self._stored = None if store is None else StoredPrefixes(store, runner, self.scheduler)
         self._arrivals = itertools.count(1)
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
-        self._tokens_restored = 0
         self._tokens_drafted = 0
         self._tokens_accepted = 0
         self._steady: SteadySteps | None = None
@@ -113,7 +110,8 @@ class Engine:
         self.catch_up()
         self._stalled = False
         sequence.arrival = next(self._arrivals)
-        self._restore_prefix(sequence)
+        if self._stored is not None:
+            self._stored.restore(sequence)
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             first = TokenLogprob(self._runner.spelling(sequence.tokens[0]), 0.0, [])
@@ -121,45 +119,9 @@ class Engine:
             sequence.scored = 1
 
     def save_prefixes(self) -> PrefixesSaved:
-        """Save what was used last, for as long as that may take."""
+        """See `StoredPrefixes.save`."""
         self.catch_up()
-        saved = PrefixesSaved()
-        if self._store is None:
-            return saved
-        until, prefixes = time.monotonic() + _MAX_SAVE_SECONDS, self.scheduler.prefixes
-        for sequence_id in prefixes.newest():
-            tokens, share = prefixes.tokens_of(sequence_id), prefixes.share_of(sequence_id)
-            if time.monotonic() > until or not self._store.is_wanted(tokens, share):
-                continue
-            state = self._runner.state(sequence_id, self._store.max_bytes)
-            if state is not None and self._store.save(tokens, share, state):
-                saved = PrefixesSaved(
-                    saved.prefixes + 1, saved.tokens + len(tokens), saved.size + len(state)
-                )
-        return saved
-
-    def _restore_prefix(self, sequence: Sequence) -> None:
-        """Read what was saved of the sequence's beginning, if that is more than the cache has."""
-        store, share = self._store, sequence.share
-        if store is None or share.scope == PRIVATE:
-            return
-        tokens = sequence.tokens[: sequence.max_shared_tokens]
-        known, _ = self.scheduler.prefixes.match(tokens, share)
-        saved = store.find(tokens, share, known)
-        if saved is None:
-            return
-
-        def fill(sequence_id: int) -> bool:
-            state = store.read(saved)
-            if state is None:
-                return False
-            if not self._runner.restore(sequence_id, state):
-                store.forget(saved)  # this engine cannot use it
-                return False
-            return True
-
-        if self.scheduler.adopt(saved.tokens, share, fill):
-            self._tokens_restored += len(saved.tokens)
+        return PrefixesSaved() if self._stored is None else self._stored.save()
 
     def end(self, request_id: str, finish_reason: str) -> None:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
@@ -293,7 +255,7 @@ class Engine:
                 chunk.sequence.note_start()
             began = time.perf_counter()
             try:
-                logits = self._runner.decode(_batch_of(chunks))
+                logits = self._runner.decode(batch_of(chunks))
             except NoSlot:
                 if drafting and any(chunk.draft for chunk in chunks):
                     drafting = False  # a draft is not worth another sequence's cells
@@ -523,37 +485,10 @@ class Engine:
             tokens_computed=self._tokens_computed,
             tokens_cached=self._tokens_cached,
             preemptions=self.scheduler.preemptions,
-            tokens_restored=self._tokens_restored,
+            tokens_restored=self._stored.tokens_restored if self._stored is not None else 0,
             tokens_drafted=self._tokens_drafted,
             tokens_accepted=self._tokens_accepted,
         )
-
-
-def _batch_of(chunks: list[BatchChunk]) -> Batch:
-    """What is computed for the chunks of a step."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    ids: list[int] = []
-    outputs: list[int] = []
-    for chunk in chunks:
-        sequence, start, count = chunk.sequence, chunk.start, chunk.count
-        if count == 1 and not chunk.draft:
-            tokens.append(sequence.tokens[start])
-            positions.append(sequence.position(start))
-            ids.append(sequence.sequence_id)
-            outputs.append(chunk.rows or len(chunk.scored))
-            continue
-        size = chunk.size
-        tokens += sequence.tokens[start : start + count]
-        tokens += chunk.draft
-        position = sequence.position(start)
-        positions += range(position, position + size)
-        ids += [sequence.sequence_id] * size
-        output_flags = [0] * (size - chunk.rows) + [1] * chunk.rows
-        for position in chunk.scored:
-            output_flags[position - start] = 1
-        outputs += output_flags
-    return Batch.of(tokens, positions, ids, outputs)
 
 
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.engine.messages import (
     Constraint,
     Output,
@@ -18,6 +17,7 @@ from pinaivu_box.engine.messages import (
 )
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.peering_config import RoutingPolicy
 from pinaivu_box.receipts.commitment import Opening, new_nonce, prompt_text
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, LegStatement, SignedProof
 from pinaivu_box.tracing.context import TraceContext

@@ -13,7 +13,6 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from pinaivu_box import amount
-from pinaivu_box.config import PeeringConfig
 from pinaivu_box.ledger import disproofs
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
@@ -21,6 +20,7 @@ from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.ledger.session import Difference, SettlementOutcome
 from pinaivu_box.ledger.statement import StoredStatement
 from pinaivu_box.membership import peer_names
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peer_settings import PeerLimits

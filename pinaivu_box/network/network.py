@@ -14,7 +14,6 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from pinaivu_box import __version__
-from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
 from pinaivu_box.gossip.adverts import Facts
@@ -29,6 +28,7 @@ from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, Ticket
 from pinaivu_box.network import peer
 from pinaivu_box.network.peer import OwnView, Peer, own_model
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.store.audit import BOX, Actor, record
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
-from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.gossip.adverts import ModelLoad
+from pinaivu_box.peering_config import RoutingPolicy
 
 FLOOR_MS = 100.0
 TYPICAL_TOKENS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import PeeringConfig
+from pinaivu_box.peering_config import PeeringConfig
 
 
 def too_dear(prices: Prices, peering: PeeringConfig) -> bool:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from pinaivu_box import amount
 from pinaivu_box.box import Box
-from pinaivu_box.config import PeeringConfig, is_host_port, parse_span
+from pinaivu_box.config import parse_span
 from pinaivu_box.errors import (
     Conflict,
     InvalidBody,
@@ -30,6 +30,7 @@ from pinaivu_box.membership.tickets import decode as decode_ticket
 from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import OwnView, Peer, PeerView
+from pinaivu_box.peering_config import PeeringConfig, is_host_port
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.routing.spending_limits import too_dear
 from pinaivu_box.server.context import actor_of, box_of, named_field

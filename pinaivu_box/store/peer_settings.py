@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box import amount
-from pinaivu_box.config import HOURS
+from pinaivu_box.peering_config import HOURS
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database
 

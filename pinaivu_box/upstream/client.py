@@ -21,7 +21,6 @@ import msgspec
 
 import pinaivu_box
 from pinaivu_box import http_body
-from pinaivu_box.config import UpstreamConfig
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -35,6 +34,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.secret import Secret
 from pinaivu_box.text import number
 from pinaivu_box.tracing.context import HEADER, TraceContext
+from pinaivu_box.upstream_config import UpstreamConfig
 
 log = logging.getLogger("pinaivu.upstream")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pinaivu_box.config import ModelSettings, UpstreamConfig
+from pinaivu_box.config import ModelSettings
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.records import LegRecord
@@ -24,6 +24,7 @@ from pinaivu_box.secret import Secret
 from pinaivu_box.upstream import wire
 from pinaivu_box.upstream.leg import LegAtUpstream
 from pinaivu_box.upstream.places import Places
+from pinaivu_box.upstream_config import UpstreamConfig
 
 if TYPE_CHECKING:
     from pinaivu_box.upstream.client import UpstreamClient

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Collection
 from random import Random
 
-from pinaivu_box.config import WitnessConfig
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError, NoteKey
 from pinaivu_box.network.network import Network
+from pinaivu_box.peering_config import WitnessConfig
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import Config, PeeringConfig
+from pinaivu_box.config import Config
 from pinaivu_box.doctor import udp
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.doctor.peers import examine
@@ -25,6 +25,7 @@ from pinaivu_box.network.peer import (
     RefusalView,
     UseView,
 )
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.transport.link import LinkView

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pinaivu_box.config import PeeringConfig, SamplingConfig
+from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.chat_template import ChatTemplate, TemplateSetup
 from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults
 from pinaivu_box.engine.own_templates import CHATML
@@ -24,6 +24,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_job
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.network.network import Network
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,

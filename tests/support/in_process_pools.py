@@ -15,7 +15,7 @@ import msgspec
 from nacl.signing import SigningKey
 from ulid import ULID
 
-from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig
+from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
@@ -33,6 +33,7 @@ from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog_loader
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker

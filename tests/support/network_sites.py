@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from pinaivu_box.config import PeeringConfig
 from pinaivu_box.gossip.adverts import Facts, Offer
 from pinaivu_box.identity import Identity
 from pinaivu_box.network.network import Network
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport.link import LinkOptions, Stream
 from tests.support.keys import IDENTITIES

@@ -18,7 +18,7 @@ from typing import Any, cast
 from ulid import ULID
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingConfig
+from pinaivu_box.config import Config, PricingConfig, SamplingConfig
 from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults, SamplingParams
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
@@ -31,6 +31,7 @@ from pinaivu_box.gateway.request import Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
+from pinaivu_box.peering_config import PeeringConfig
 from pinaivu_box.receipts.commitment import Opening
 from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
 from pinaivu_box.routing.candidates import Candidates

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from pinaivu_box.admin.receipt_table import MAX_CSV_LINES
-from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.engine.messages import KvType
 from pinaivu_box.ledger.views import BalanceView, all_balances
 from pinaivu_box.models import catalog
+from pinaivu_box.peering_config import RoutingPolicy
 from pinaivu_box.policy import LOCAL_ONLY, SCOPES
 from pinaivu_box.registry.reference import host_of
 from pinaivu_box.server import (
