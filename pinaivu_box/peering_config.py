@@ -17,7 +17,8 @@ RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
 BEYOND = ("idle", "refuse")
 HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
-_LOG = re.compile(r"node_[0-9a-f]{64}|[^\s+]{1,256}\+[0-9a-f]{8}\+[A-Za-z0-9+/]{44}")
+_KEY = re.compile(r"[^\s+]{1,256}\+[0-9a-f]{8}\+[A-Za-z0-9+/]{44}")  # of a log, or a witness
+_LOG = re.compile(f"node_[0-9a-f]{{64}}|{_KEY.pattern}")
 _HOST_PORT = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
     r":(?P<port>[0-9]{1,5})"
@@ -59,7 +60,8 @@ class PeeringConfig(Section, frozen=True):
 
 class WitnessConfig(Section, frozen=True):
     """Beside the members of the network: `logs` that this box witnesses, each a node id or the key
-    of a log as other programs write it (NAME+ID+BASE64), and `urls` of witnesses for its own log.
+    of a log as other programs write it (NAME+ID+BASE64), and `urls` of witnesses for its own log:
+    boxes, and with a key before them other programs.
     """
 
     logs: Annotated[tuple[str, ...], Meta(max_length=256)] = ()
@@ -104,11 +106,16 @@ def check_witness(witness: WitnessConfig) -> None:
                 f"witness.logs has '{text[:80]}', which is neither a node id ('pinaivu id') nor a "
                 "log's key as in NAME+ID+BASE64"
             )
-    for url in witness.urls:
-        if not BASE_URL.fullmatch(url) or not urlsplit(url).hostname:
+    for text in witness.urls:
+        key, _, url = text.rpartition(" ")
+        if (
+            not BASE_URL.fullmatch(url)
+            or not urlsplit(url).hostname
+            or not (url == text or _KEY.fullmatch(key))
+        ):
             raise ValueError(
-                f"witness.urls has '{url[:80]}', which is no URL such as "
-                "https://HOST:4001/v1/witness"
+                f"witness.urls has '{text[:80]}', which is no URL such as "
+                "https://HOST:4001/v1/witness, and none after a witness's key as in NAME+ID+BASE64"
             )
 
 

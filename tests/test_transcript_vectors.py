@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,25 @@ def test_the_command_reads_each_form(tmp_path: Path) -> None:
         assert code == 1 and [check["name"] for check in failed] == (
             EXPECTED[name] or ["transcript"]
         )
+
+
+def test_the_commands_of_the_pages_are_run(tmp_path: Path) -> None:
+    pages = Path(__file__).parent.parent / "docs"
+    (receipt, transcript, _), key = VECTORS["sealed"], tmp_path / "key"
+    for name, text in (("receipt.json", receipt), ("transcript.json", transcript)):
+        (tmp_path / name).write_text(text)
+    key.write_text(SECRET)
+    key.chmod(0o600)
+    found = 0
+    for page in ("receipts.md", "transcripts.md"):
+        text = (pages / page).read_text()
+        for line in re.findall(r"^    pinaivu (receipts verify .* --transcript .*)$", text, re.M):
+            words = [str(tmp_path / word) if "." in word else word for word in line.split()]
+            words = [str(key) if word == "FILE" else word for word in words]
+            done = run_command(*words, home=None, env={"PINAIVU_API_KEY": SECRET})
+            assert "ok     transcript 0:" in done.stdout
+            found += 1
+    assert found == 2
 
 
 def test_what_a_command_opens_can_be_given_to_another(tmp_path: Path) -> None:

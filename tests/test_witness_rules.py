@@ -17,7 +17,7 @@ from pinaivu_box.log.note import NoteError, NoteKey
 from pinaivu_box.log.restart import Restart
 from pinaivu_box.store import witnessed
 from pinaivu_box.store.database import Database
-from pinaivu_box.witness import rules, selection
+from pinaivu_box.witness import selection
 from pinaivu_box.witness.alarms import Alarms
 from pinaivu_box.witness.rules import Rejected, read_submission
 from pinaivu_box.witness.witness import NoStatement, Witness
@@ -274,7 +274,7 @@ async def test_logs_of_others_may_have_lines_of_their_own(tmp_path: Path) -> Non
     name = log.origin.encode()
     data = b"\x01" + log.key.verify_key.encode()
     key_id = hashlib.sha256(name + b"\n" + data).hexdigest()[:8]
-    key = rules.read_key(f"{log.origin}+{key_id}+{b64(data)}")
+    key = note.read_key(f"{log.origin}+{key_id}+{b64(data)}", note.ED25519)
     async with Database(tmp_path / "witness.db") as database:
         world = World(database, lambda origin: key if origin == log.origin else None)
         text = f"{log.text()}anything\n"
@@ -289,7 +289,7 @@ async def test_logs_of_others_may_have_lines_of_their_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["x", "a+b", "a+00000000+AAAA", "a+00000000+" + b64(bytes(33))])
 def test_what_is_no_key_of_a_log_is_refused(text: str) -> None:
     with pytest.raises(NoteError):
-        rules.read_key(text)
+        note.read_key(text, note.ED25519)
 
 
 # -- forks ----------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.routing.router import Destination
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import TaskSet
-from pinaivu_box.transport import streams, wire
+from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.upstream.answer import estimate_prompt
 
@@ -133,11 +133,6 @@ class PeerClient:
             trace.header if trace is not None else UNSET,
         )
 
-    def end(self, stream: Stream) -> None:
-        """Read what ends the stream of a leg, for which nobody waits: until then it is one of the
-        few that a link can have open."""
-        self._stops.spawn(streams.drain(stream))
-
     def stop(self, stream: Stream) -> None:
         """Tell a peer to stop, if its leg has not ended by now."""
 
@@ -199,7 +194,7 @@ class PeerLeg:
             raise _lost(self._to, error) from error
         finally:
             if ended:
-                self._client.end(stream)
+                stream.leave()
             else:
                 stream.abandon()
 

@@ -141,12 +141,33 @@ def cosignature(note: Note, node_id: str) -> Cosignature | None:
 def read_cosignature(text: str, claimed: NoteSignature, node_id: str) -> Cosignature:
     """That of the witness `node_id` (`witness_of`) over the text of a checkpoint.  Raises NoteError
     if it is wrong."""
+    time = _time_of(text, claimed, witness_key(node_id))
+    if time is None:
+        raise NoteError(f"the cosignature of {node_id} is not its own")
+    return Cosignature(node_id, time)
+
+
+def cosignature_by(note: Note, key: NoteKey) -> NoteSignature | None:
+    """The cosignature by a key that is no box's, if the note has one and it is right."""
+    found = next((each for each in note.signatures if each.is_by(key)), None)
+    # A time of 0 is none (C2SP tlog-witness).
+    return found if found is not None and _time_of(note.text, found, key) else None
+
+
+def _time_of(text: str, claimed: NoteSignature, key: NoteKey) -> int | None:
+    """When the checkpoint was cosigned; None if the cosignature is not right."""
     time_bytes, signature = claimed.signature[:_TIME_BYTES], claimed.signature[_TIME_BYTES:]
     time = int.from_bytes(time_bytes, "big")
     right = len(signature) == _SIGNATURE_BYTES and time <= _LATEST
-    if not right or not _verifies(witness_key(node_id), _cosigned(text, time), signature):
-        raise NoteError(f"the cosignature of {node_id} is not its own")
-    return Cosignature(node_id, time)
+    return time if right and _verifies(key, _cosigned(text, time), signature) else None
+
+
+def of_boxes(signed: Note) -> Note:
+    """With the signature of the log and the cosignatures of boxes, and without those whose keys
+    nobody knows from their names.  Raises NoteError if it is no checkpoint."""
+    key = log_key(read(signed).origin)
+    known = [each for each in signed.signatures if each.is_by(key) or witness_of(each)]
+    return Note(signed.text, tuple(known))
 
 
 def witness_of(claimed: NoteSignature) -> str | None:

@@ -27,6 +27,12 @@ class EntryProof(Struct, frozen=True):
     def __str__(self) -> str:
         return f"{_HEADER}\nindex {self.index}\n{hash_lines(self.hashes)}\n{self.note}"
 
+    @property
+    def in_receipts(self) -> str:
+        """As text with the cosignatures of boxes alone: a verifier of receipts knows no other
+        keys, and refuses what it cannot verify."""
+        return str(EntryProof(self.index, self.hashes, checkpoint.of_boxes(self.note)))
+
     def includes(self, entry: bytes, signed: Checkpoint) -> bool:
         """Whether it shows that the log of that checkpoint has the entry at its index."""
         leaf = merkle.leaf_hash(entry)

@@ -18,6 +18,7 @@ MAX_SIGNATURES = 64
 ED25519 = 0x01  # a signature over the text
 COSIGNATURE = 0x04  # by a witness, with a time (C2SP tlog-cosignature)
 _KEY_ID_BYTES = 4
+_KEY_BYTES = 32
 _DASH = "— "
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
 _NAME = re.compile(r"[^\s+]{1,256}" + END)
@@ -101,6 +102,19 @@ def joined(note: Note, signatures: Iterable[NoteSignature]) -> Note:
     for each in (*note.signatures, *signatures):
         first.setdefault((each.name, each.key_id), each)
     return Note(note.text, tuple(first.values()))
+
+
+def read_key(text: str, kind: int) -> NoteKey:
+    """A key of that type as other programs write it (a "vkey").  Raises NoteError."""
+    name, plus, rest = text.partition("+")
+    digits, plus, encoded = rest.partition("+")
+    data = decode(encoded)
+    if not plus or len(data) != 1 + _KEY_BYTES or data[0] != kind:
+        raise NoteError(f"it is not a key as in NAME+ID+BASE64, for Ed25519 of the type {kind}")
+    key = NoteKey(name, data[1:], kind)
+    if key.id.hex() != digits:
+        raise NoteError("its id is not that of its name and key")
+    return key
 
 
 def encode(data: bytes) -> str:

@@ -84,9 +84,7 @@ async def _request_certificate(link: Link, me: str, ticket: Ticket, name: str) -
         link.peer, stream, _welcomes, receive_seconds=_JOIN_SECONDS
     )
     async with messages:
-        await messages.send(JoinRequest(ticket.secret, name))
-    welcome = await messages.expect(Welcome)
-    await messages.receive()  # its end
+        welcome = await messages.call(JoinRequest(ticket.secret, name), Welcome)
     roster = Roster(ticket.network_id)
     if roster.admit(welcome.records).forged or not {me, link.peer} <= roster.members().keys():
         raise ProtocolError(

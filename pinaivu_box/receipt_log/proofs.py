@@ -37,12 +37,12 @@ async def of_receipt(database: Database, logs: Sequence[Log], request_id: str) -
 
 
 async def inclusion(database: Database, request_id: str) -> str | None:
-    """`of_receipt` as text; None too if the log is damaged, which others say."""
+    """`of_receipt` as receipts have it; None too if the log is damaged, which others say."""
     try:
         found = await of_receipt(database, await store.logs(database), request_id)
     except LogDamaged:
         return None
-    return str(found) if found is not None else None
+    return found.in_receipts if found is not None else None
 
 
 def history_of(logs: Sequence[Log], entry: int) -> Log | None:

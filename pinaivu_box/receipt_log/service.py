@@ -20,7 +20,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.log import checkpoint, merkle, note, removal
 from pinaivu_box.log.checkpoint import Checkpoint
 from pinaivu_box.log.entry_proof import EntryProof
-from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.log.note import Note, NoteError, NoteKey
 from pinaivu_box.log.removal import Removal
 from pinaivu_box.log.restart import SignedRestart
 from pinaivu_box.log.tiles import TilePath
@@ -150,14 +150,14 @@ class ReceiptLog:
         return await proofs.of_receipt(self._database, self.histories.all, request_id)
 
     async def inclusion(self, request_id: str) -> str | None:
-        """`entry_proof` as text, for who wants the receipt first of all: None too if there can be
-        none now (the log is damaged, the disk is full), which is logged."""
+        """`entry_proof` as receipts have it, for who wants the receipt first of all: None too if
+        there can be none now (the log is damaged, the disk is full), which is logged."""
         try:
             proof = await self.entry_proof(request_id)
         except (LogDamaged, OSError, sqlite3.Error) as error:
             log.error("%s has no proof of inclusion: %s", request_id, error)
             return None
-        return str(proof) if proof is not None else None
+        return proof.in_receipts if proof is not None else None
 
     async def consistency(self, old: int, new: int) -> tuple[bytes, ...]:
         """As `proofs.of_growth`, of the current log.  Raises InvalidValue, LogDamaged."""
@@ -183,14 +183,16 @@ class ReceiptLog:
         """As `proofs.tile`, of the current log.  Raises LogDamaged."""
         return await proofs.tile(self._database, self.current, path)
 
-    async def add_cosignatures(self, signed: Note) -> int:
-        """Keep the cosignatures of a note over one of the stored checkpoints; returns how many it
-        has now.  Raises NoteError if one is not right, or the checkpoint is not known."""
+    async def add_cosignatures(self, signed: Note, keys: Sequence[NoteKey] = ()) -> int:
+        """Keep the cosignatures of a note over one of the stored checkpoints: those of boxes, and
+        by these keys; returns how many it has now.  Raises NoteError if one is not right, or the
+        checkpoint is not known."""
         said = checkpoint.read(signed)
         for witness in checkpoint.witnesses_named(signed):
             checkpoint.cosignature(signed, witness)
         named = {checkpoint.witness_key(each).name for each in checkpoint.witnesses_named(signed)}
         new = [each for each in signed.signatures if each.name in named]
+        new += [each for key in keys if (each := checkpoint.cosignature_by(signed, key))]
         async with self._lock:
             of = next((each for each in self.histories.all if each.origin == said.origin), None)
             stored = None
@@ -200,7 +202,8 @@ class ReceiptLog:
                 raise NoteError("it is over no checkpoint that this box has")
             joined = note.joined(note.read(stored.note), new)
             joined = joined._replace(signatures=joined.signatures[: note.MAX_SIGNATURES])
-            count = len(checkpoint.witnesses_named(joined))
+            own = checkpoint.log_key(said.origin)
+            count = sum(not each.is_by(own) for each in joined.signatures)
             await self._database.write(store.replace_note(of, said.size, str(joined), count))
         return count
 

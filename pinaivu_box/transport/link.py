@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakSet
 
 import msgspec
 from msgspec import Struct, msgpack
 
 from pinaivu_box import __version__
-from pinaivu_box.errors import LinkLost, PeerRefused, ProtocolError
-from pinaivu_box.tasks import ignore_exception
+from pinaivu_box.errors import LinkLost, PeeringError, PeerRefused, ProtocolError
+from pinaivu_box.tasks import TaskSet, ignore_exception
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.wire import Code, Hello, Open, Refusal
+
+DRAIN_SECONDS = 5.0  # for the end of a stream that nobody reads any more
 
 T = TypeVar("T")
 _refusals = msgpack.Decoder(Refusal)
@@ -118,9 +120,10 @@ class SharedCall(Generic[T]):
 class Stream:
     """Frames both ways, in order: one conversation.
 
-    It must be ended: by `finish` on both sides, or by `abandon`.  One task may send while another
-    receives.  A receive that is cancelled loses nothing; a send that is cancelled abandons the
-    stream, since a part of its frame may have gone out.
+    It must be ended: by `finish` on both sides and reading to the end, which is what `leave` does,
+    or by `abandon`.  One task may send while another receives.  A receive that is cancelled loses
+    nothing; a send that is cancelled abandons the stream, since a part of its frame may have gone
+    out.
     """
 
     def __init__(
@@ -239,6 +242,26 @@ class Stream:
         if not self._error and not (self._end_sent and self._end_received):
             self._fail(LinkLost("This side abandoned the stream."))
 
+    def leave(self) -> None:
+        """Do the same as `drain` in the background, where nobody waits for it."""
+        self.link.spawn(self.drain())
+
+    async def drain(self) -> None:
+        """Finish, and discard what the peer sends until it has finished too: a stream counts among
+        the few that its opener may have open until both have read its end, and what is on its way
+        is lost if it is abandoned.  It is abandoned if that takes long."""
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self.finish()
+                while await self.receive() is not None:
+                    pass
+                while await self._read_pipe():  # the end of the pipe comes after that of the frames
+                    pass
+        except TimeoutError:
+            self._fail(LinkLost("This side abandoned the stream."))
+        except PeeringError:
+            pass  # it has ended otherwise
+
     def _fail(self, error: LinkLost) -> None:
         self._error = self._error or error
         self._read.cancel()
@@ -263,6 +286,7 @@ class Link:
         self.stuck_beats = 0  # beats since the peer's program sent anything
         self._connection, self._options = connection, options
         self._accept = SharedCall(connection.accept)
+        self._ending = TaskSet()
         self._tasks = [
             asyncio.create_task(self._send_heartbeats()),
             asyncio.create_task(self._receive_heartbeats()),
@@ -313,6 +337,10 @@ class Link:
     async def accept(self) -> Stream:
         """Wait for the next stream that the peer opens.  Raises LinkLost."""
         return Stream(self, await self._accept())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work beside the caller, until the link ends."""
+        self._ending.spawn(work)
 
     async def close(self, code: int, reason: str) -> None:
         """End all streams.  The peer gets code and reason, this cut at `wire.MAX_REASON_BYTES`."""
@@ -367,7 +395,7 @@ class Link:
 
     async def _wait_until_closed(self) -> LinkLost:
         why = await self._connection.closed()
-        for task in self._tasks:
+        for task in (*self._tasks, *self._ending):
             task.cancel()
         return why
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from msgspec import Struct, msgpack
 
 from pinaivu_box.errors import LinkLost, PeeringError, PeerRefused, ProtocolError
-from pinaivu_box.transport import streams, wire
+from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 
 SEND_SECONDS = 30.0  # for the peer to take what is sent at once
@@ -50,7 +50,7 @@ async def send_frames(stream: Stream, *frames: bytes) -> None:
 
 class MessageStream(Generic[Sent, Received]):
     """One conversation with a peer.  As a context manager it finishes the stream at the end of the
-    block, and abandons it if the block raises."""
+    block and reads it to its end, for which nobody waits, and abandons it if the block raises."""
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class MessageStream(Generic[Sent, Received]):
         except BaseException:
             self.stream.abandon()
             raise
+        self.stream.leave()
 
     async def send(self, *messages: Sent) -> None:
         """Send messages at once.  Raises LinkLost, also if the peer does not take them in time."""
@@ -142,5 +143,4 @@ class MessageStream(Generic[Sent, Received]):
         abandoned may be lost.  A peer that is gone meanwhile is no error."""
         with suppress(PeeringError):
             await self.send(message)
-            await self.stream.finish()
-            await streams.drain(self.stream)
+            await self.stream.drain()

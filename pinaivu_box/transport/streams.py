@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 
 from pinaivu_box import __version__
-from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
+from pinaivu_box.errors import PeeringError, ProtocolError
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.wire import Code, Open, Refusal
 
 MAX_INBOUND_STREAMS = 1024  # of all peers
 FIRST_FRAME_SECONDS = 10.0
-_DRAIN_SECONDS = 5.0
 
 # Gets the node id of a peer and a stream of it, after the `Open`, and ends the stream.  May raise
 # PeeringErrors.
@@ -26,18 +24,7 @@ log = logging.getLogger("pinaivu.peering")
 async def refuse(stream: Stream, code: int, message: str) -> None:
     """Answer a Refusal, and wait until the peer has read it.  Raises LinkLost."""
     await stream.send(wire.encode(Refusal(code, wire.cut(message).decode())))
-    await stream.finish()
-    await drain(stream)
-
-
-async def drain(stream: Stream) -> None:
-    """Wait until the peer finishes, and discard what it sends: who abandons a stream at once loses
-    what is on its way."""
-    with suppress(LinkLost, TimeoutError):
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            while await stream.receive() is not None:
-                pass
-    stream.abandon()
+    await stream.drain()
 
 
 class StreamRouter:
@@ -67,6 +54,7 @@ class StreamRouter:
             async with asyncio.timeout(FIRST_FRAME_SECONDS):
                 frame = await stream.receive()
             await self._route(stream, wire.decode_open(frame))
+            stream.leave()
         except ProtocolError as error:
             await link.close(Code.PROTOCOL, error.message)
         except (PeeringError, TimeoutError) as error:

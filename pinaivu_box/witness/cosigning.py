@@ -12,7 +12,7 @@ from pinaivu_box import backoff
 from pinaivu_box.errors import PeeringError, StoreError
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.checkpoint import Checkpoint
-from pinaivu_box.log.note import Note, NoteError
+from pinaivu_box.log.note import Note, NoteError, NoteKey
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
@@ -25,6 +25,7 @@ log = logging.getLogger("pinaivu.witness")
 
 # Sends a checkpoint to a witness.  Raises PeeringError.
 Ask = Callable[[Submit], Awaitable[Cosigned | SizeConflict | Declined]]
+NO_KEYS: Mapping[str, NoteKey] = {}
 
 
 class Cosigning:
@@ -40,9 +41,11 @@ class Cosigning:
     async def close(self) -> None:
         await self._tasks.cancel()
 
-    async def submit(self, witnesses: Mapping[str, Ask]) -> None:
+    async def submit(
+        self, witnesses: Mapping[str, Ask], keys: Mapping[str, NoteKey] = NO_KEYS
+    ) -> None:
         """Have the newest checkpoint cosigned by these, as far as they have not; nobody waits for
-        their answers."""
+        their answers.  `keys` are those of witnesses that are no boxes."""
         for known in (self.cosigned, self._refused):
             for name in known.keys() - witnesses.keys():
                 del known[name]
@@ -53,7 +56,7 @@ class Cosigning:
             _, waits_until = self._refused.get(name, (0, 0.0))
             if due and name not in self._asked and time.monotonic() >= waits_until:
                 self._asked.add(name)
-                self._tasks.spawn(self._submit(name, ask, signed))
+                self._tasks.spawn(self._submit(name, ask, keys.get(name), signed))
 
     def ask_again(self, name: str) -> None:
         """It is there again, and may have changed its mind."""
@@ -67,9 +70,9 @@ class Cosigning:
         pause = backoff.delay(failures + 1, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         self._refused[name] = failures + 1, time.monotonic() + pause
 
-    async def _submit(self, name: str, ask: Ask, signed: Note) -> None:
+    async def _submit(self, name: str, ask: Ask, key: NoteKey | None, signed: Note) -> None:
         try:
-            await self._agree(name, ask, signed)
+            await self._agree(name, ask, key, signed)
         except PeeringError as error:
             log.debug("%s has not cosigned: %s", wire.short(name), error.message)
         except (StoreError, NoteError) as error:
@@ -79,7 +82,7 @@ class Cosigning:
         finally:
             self._asked.discard(name)
 
-    async def _agree(self, name: str, ask: Ask, signed: Note) -> None:
+    async def _agree(self, name: str, ask: Ask, key: NoteKey | None, signed: Note) -> None:
         newest = checkpoint.read(signed)
         last = self.cosigned.get(name)
         old = last.size if last and last.origin == newest.origin else 0
@@ -96,7 +99,7 @@ class Cosigning:
                 )
             )
             if isinstance(answer, Cosigned):
-                await self._keep(name, answer.signature, signed)
+                await self._keep(name, answer.signature, key, signed)
                 return
             if isinstance(answer, Declined):
                 self._has_refused(name, wire.printable(answer.message))
@@ -113,13 +116,13 @@ class Cosigning:
             return ()
         return await self._own_log.consistency(old, newest.size)
 
-    async def _keep(self, name: str, lines: str, signed: Note) -> None:
-        found = cosigned_by(name, lines, signed)
+    async def _keep(self, name: str, lines: str, key: NoteKey | None, signed: Note) -> None:
+        found = cosigned_with(key, lines, signed) if key else cosigned_by(name, lines, signed)
         if found is None:
             self._has_refused(name, "what it has sent is not its cosignature")
             return
         self.ask_again(name)
-        await self._own_log.add_cosignatures(found)
+        await self._own_log.add_cosignatures(found, [key] if key else [])
         self.cosigned[name] = checkpoint.read(signed)
 
     async def _look_at(self, text: str) -> None:
@@ -129,6 +132,16 @@ class Cosigning:
             await self._own_log.seen_elsewhere(note.read(text))
         except NoteError as error:
             log.info("a witness names a checkpoint that is not this box's: %s", error)
+
+
+def cosigned_with(key: NoteKey, lines: str, signed: Note) -> Note | None:
+    """The checkpoint with the cosignature by that key that is among these lines, if it is right."""
+    try:
+        whole = Note(signed.text, note.read_signatures(lines))
+    except NoteError:
+        return None
+    found = checkpoint.cosignature_by(whole, key)
+    return note.joined(signed, [found]) if found else None
 
 
 def cosigned_by(name: str, lines: str, signed: Note) -> Note | None:

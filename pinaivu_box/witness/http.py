@@ -6,6 +6,8 @@ import base64
 import hashlib
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from pinaivu_box import http_body
 from pinaivu_box.errors import PeeringError, Unreachable
 from pinaivu_box.log import checkpoint, note
@@ -25,6 +27,11 @@ FORMER_HEADER = "pinaivu-log-former"
 _SECONDS = 20.0
 _MAX_ANSWER_BYTES = 65536
 _CONFLICT, _REFUSED = 409, 422
+_MEANINGS = {
+    403: " (it has another key for the log of this box)",
+    404: " (it does not know the log of this box, or there is no witness)",
+    _REFUSED: " (it has seen another history of the log)",
+}
 
 
 class HttpWitnesses:
@@ -37,10 +44,13 @@ class HttpWitnesses:
         if self._client is not None:
             await self._client.aclose()
 
-    def ask(self, url: str) -> Ask:
-        """Sends checkpoints to the witness with that submission prefix."""
+    def ask(self, url: str, *, is_box: bool = True) -> Ask:
+        """Sends checkpoints to the witness with that submission prefix.  Of restarts only boxes
+        know."""
 
         async def ask(submit: Submit) -> Cosigned | SizeConflict | Declined:
+            if not is_box:
+                submit = msgspec.structs.replace(submit, restart=b"")
             return await self._submit(url.rstrip("/"), submit)
 
         return ask
@@ -57,7 +67,7 @@ class HttpWitnesses:
         if status == _REFUSED and former and not submit.restart:
             return SizeConflict(0, former)
         if status != _CONFLICT:
-            return Declined(status, f"it answered {status}")
+            return Declined(status, f"it answered {status}{_MEANINGS.get(status, '')}")
         size = number(text.removesuffix("\n"))
         if size is None:
             raise PeeringError(f"{url} answered {_CONFLICT} without a size.")

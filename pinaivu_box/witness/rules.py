@@ -112,19 +112,6 @@ def judge(submission: Submission, head: TreeHead, last: TreeHead | None) -> None
         raise Rejected(422, why)
 
 
-def read_key(text: str) -> NoteKey:
-    """A log's key as other programs write it (a "vkey", C2SP signed-note).  Raises NoteError."""
-    name, plus, rest = text.partition("+")
-    digits, plus, encoded = rest.partition("+")
-    data = note.decode(encoded)
-    if not plus or len(data) != 33 or data[0] != ED25519:
-        raise NoteError("it is not a key as in NAME+ID+BASE64, for Ed25519")
-    key = NoteKey(name, data[1:])
-    if key.id.hex() != digits:
-        raise NoteError("its id is not that of its name and key")
-    return key
-
-
 def _size(text: str) -> int | None:
     return number(text) if _SIZE.fullmatch(text) else None
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from random import Random
 
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.log import checkpoint, note
-from pinaivu_box.log.note import NoteError, NoteKey
+from pinaivu_box.log.note import COSIGNATURE, ED25519, NoteError, NoteKey
 from pinaivu_box.network.network import Network
 from pinaivu_box.peering_config import WitnessConfig
 from pinaivu_box.receipt_log.service import ReceiptLog
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
-from pinaivu_box.witness import rules, selection
+from pinaivu_box.witness import selection
 from pinaivu_box.witness import wire as log_wire
 from pinaivu_box.witness.alarms import Alarms
 from pinaivu_box.witness.comparison import LogComparison
@@ -97,15 +98,31 @@ class Witnessing:
         linked = self._linked()
         if self._questions is not None and linked:
             await self._ask_what_is_known(self._questions, linked - self._told)
-        await self.cosigning.submit(self._witnesses(linked))
+        others = self._others()
+        keys = {url: key for url, key in others.items() if key is not None}
+        await self.cosigning.submit(self._witnesses(linked, others), keys)
         if self._questions is not None and self.comparison is not None and linked:
             self.comparison.ask_again()
             if not len(self._comparing):
                 self._comparing.spawn(self._compare(self._questions, self.comparison, linked))
 
-    def _witnesses(self, linked: Collection[str]) -> dict[str, Ask]:
+    def _others(self) -> dict[str, NoteKey | None]:
+        """The URLs of witnesses outside of the network, with the keys of those that are no
+        boxes."""
+        found: dict[str, NoteKey | None] = {}
+        for text in self._settings().urls:
+            key, _, url = text.rpartition(" ")
+            if not key:
+                found[url] = None
+            elif (read := _key(key, COSIGNATURE)) is not None:
+                found[url] = read
+        return found
+
+    def _witnesses(
+        self, linked: Collection[str], others: Mapping[str, NoteKey | None]
+    ) -> dict[str, Ask]:
         """Who is to cosign the log of this box."""
-        asks: dict[str, Ask] = {url: self._http.ask(url) for url in self._settings().urls}
+        asks = {url: self._http.ask(url, is_box=key is None) for url, key in others.items()}
         members = self._members()
         if self._questions is not None and self._node_id in members:
             for member in selection.witnesses_of(self._node_id, members).union(linked):
@@ -187,15 +204,16 @@ class Witnessing:
             return checkpoint.log_key(origin)
         for text in configured:
             if not text.startswith(NODE_PREFIX) and text.startswith(f"{origin}+"):
-                return _key(text)
+                return _key(text, ED25519)
         return None
 
 
-def _key(text: str) -> NoteKey | None:
+@lru_cache(256)  # so that the operator is told once
+def _key(text: str, kind: int) -> NoteKey | None:
     try:
-        return rules.read_key(text)
+        return note.read_key(text, kind)
     except NoteError as error:
-        log.warning("[witness] logs: %s is no key of a log: %s", text[:100], error)
+        log.warning("[witness]: the key %s is wrong: %s", text[:100], error)
         return None
 
 

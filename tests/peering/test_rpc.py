@@ -44,7 +44,7 @@ class ScriptedStream(Stream):
         self.frames = list(frames)
         self.takes = takes
         self.sent: list[Message] = []
-        self.finished = self.abandoned = False
+        self.finished = self.abandoned = self.left = False
 
     async def send(self, *frames: bytes) -> None:
         if not self.takes:
@@ -62,6 +62,12 @@ class ScriptedStream(Stream):
 
     def abandon(self) -> None:
         self.abandoned = True
+
+    def leave(self) -> None:
+        self.left = True
+
+    async def _read_pipe(self) -> bytes:
+        return b""
 
 
 def messages(stream: ScriptedStream, **limits: float) -> MessageStream[Message, Message]:
@@ -128,7 +134,7 @@ async def test_a_stream_is_finished_and_after_an_error_abandoned() -> None:
     stream = ScriptedStream()
     async with messages(stream):
         pass
-    assert stream.finished and not stream.abandoned
+    assert stream.finished and stream.left and not stream.abandoned
     stream = ScriptedStream()
     with pytest.raises(PeeringError):
         async with messages(stream):
