@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.config import WitnessConfig, _check_witness
 from pinaivu_box.log import checkpoint, note
 from pinaivu_box.log.note import NoteError
+from pinaivu_box.peering_config import WitnessConfig, check_witness
 from pinaivu_box.receipts.verify import LogPolicy, verify_receipt
 from tests.support.c2sp_witness import C2spWitness, served
 from tests.support.process_box import Box, wait_until
@@ -142,7 +142,7 @@ def test_a_key_of_another_type_is_none_of_a_witness(kind: int) -> None:
 )
 def test_what_is_no_key_and_url_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"witness\.urls has"):
-        _check_witness(WitnessConfig(urls=(text,)))
+        check_witness(WitnessConfig(urls=(text,)))
 
 
 def test_a_time_of_0_is_none() -> None:
