@@ -260,20 +260,17 @@ class EngineProcess:
     def _take(self, loaded: asyncio.Future[Ready], frames: Sequence[FromEngine]) -> None:
         self._messages += len(frames)
         for frame in joined(frames) if len(frames) > 1 else frames:
-            if isinstance(frame, StepFrame):
-                self._take_step(frame)
-            else:
+            if not isinstance(frame, StepFrame):
                 self._handle(frame, loaded)
-
-    def _take_step(self, frame: StepFrame) -> None:
-        self.load = frame.load
-        self.throughput.note(frame.load.tokens_computed)
-        if frame.prompts or frame.refused or frame.numbers or frame.replayed:
-            self._take_beginnings_and_ends(frame)
-        receiver_of = self._receivers.get
-        for request_id, output in frame.outputs.items():
-            if (receive := receiver_of(request_id)) is not None:
-                receive(output)
+                continue
+            self.load = frame.load
+            self.throughput.note(frame.load.tokens_computed)
+            if frame.prompts or frame.refused or frame.numbers or frame.replayed:
+                self._take_beginnings_and_ends(frame)
+            receiver_of = self._receivers.get
+            for request_id, output in frame.outputs.items():
+                if (receive := receiver_of(request_id)) is not None:
+                    receive(output)
 
     def _take_beginnings_and_ends(self, frame: StepFrame) -> None:
         for request_id, prompt in frame.prompts.items():

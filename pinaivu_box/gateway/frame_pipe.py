@@ -47,7 +47,9 @@ class FramePipe:
         except BlockingIOError:
             return
         try:
-            if not self._unread and _is_one_frame(data):  # the usual case, once a step
+            length = int.from_bytes(data[:LENGTH_BYTES], "little")
+            # The usual case, once a step.
+            if length and length == len(data) - LENGTH_BYTES and not self._unread:
                 self._take([decode_from_engine(data[LENGTH_BYTES:])])
                 return
             self._unread += data
@@ -79,10 +81,6 @@ class FramePipe:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(error)
-
-
-def _is_one_frame(data: bytes) -> bool:
-    return len(data) > LENGTH_BYTES and body_length(data) == len(data) - LENGTH_BYTES
 
 
 def joined(frames: Sequence[FromEngine]) -> Sequence[FromEngine]:

@@ -141,7 +141,10 @@ class _ChatAnswer:
             and not event.logprobs
             and self._choices[event.choice].reader.passes
         ):  # once a token
-            return self._text_chunk(event.choice, event.text) if event.text else b""
+            if not event.text:
+                return b""
+            before, after = self._around_text[event.choice]
+            return before + encode_json(event.text) + after
         match event:
             case ChoiceStarted():
                 self._begin(event)
