@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from pinaivu_box.amount import UNITS, Prices, prices, to_text
 from pinaivu_box.errors import ApiError, BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.gateway import quota as quota_module
 from pinaivu_box.gateway.admission import limits_of
-from pinaivu_box.gateway.quota import Credit, Limits, Quota, Quotas, Reservation, Window
+from pinaivu_box.gateway.quota import Credit, Entry, Limits, Quota, Quotas, Reservation, Window
 from pinaivu_box.policy import Budget, Policy, check, parse_budget
 from pinaivu_box.store.keys import Key
 
@@ -218,6 +219,18 @@ def test_a_window_tells_when_there_is_room(
         assert window.used + amount <= limit
     else:
         assert window.used + amount <= limit
+
+
+def test_what_is_older_than_a_minute_is_kept_of_nobody() -> None:
+    """Nor of a key without limits, with which what it has used is never compared."""
+    now = 0.0
+    quota = Quota(now=lambda: now, wall=lambda: now)
+    for _ in range(500):
+        now += 1.0
+        quota.end(quota.reserve(Limits("The key"), tokens=10), 0)
+    windows = (quota.requests, quota.tokens)
+    kept = [one for one in gc.get_objects() if isinstance(one, Entry) and one.window in windows]
+    assert 2 <= len(kept) <= 2 * MINUTE
 
 
 def test_a_restart_remembers_the_last_minute_and_the_budget() -> None:

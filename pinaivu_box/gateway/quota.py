@@ -58,16 +58,20 @@ class Window:
 
     @property
     def used(self) -> int:
-        while self._entries and not self._entries[0].counts:
-            self.total -= self._entries.popleft().amount
+        self._forget_old()
         return self.total
 
     def enter(self, amount: int, *, age: float = 0.0) -> Entry:
         """Count `amount`, as if it had come `age` seconds ago."""
+        self._forget_old()  # without a limit, nobody asks what is used
         entry = Entry(self, self.now() - age, amount)
         self._entries.append(entry)
         self.total += amount
         return entry
+
+    def _forget_old(self) -> None:
+        while self._entries and not self._entries[0].counts:
+            self.total -= self._entries.popleft().amount
 
     def wait(self, amount: int, limit: int) -> float:
         """Seconds until `amount` more stay within the limit; infinite if they never do."""
