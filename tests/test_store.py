@@ -384,6 +384,23 @@ async def test_a_write_is_stuck_if_one_of_its_statements_is(
     assert len(found) == 6 and all((why is not None) == is_stuck for why in found)
 
 
+async def test_no_write_is_stuck_because_the_loop_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it did something else the statement was done; it has only not heard of that."""
+    now = 1000.0
+    monkeypatch.setattr(database_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(database_module, "_LOOKS", 10_000)  # however slow this machine is
+    async with Database(tmp_path / "a.db") as database:
+        await database.write((INSERT, ("before", 1, 1, "d")))
+        writing = asyncio.create_task(database.write((INSERT, ("after", 1, 1, "d"))))
+        while database._waiting_since is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        now += 60.0
+        assert await database.why_not_writable(within=1000) is None
+        assert await writing == [1]
+
+
 async def test_close_writes_what_is_queued(tmp_path: Path) -> None:
     database = Database(tmp_path / "box.db")
     await database.open()

@@ -34,6 +34,7 @@ log = logging.getLogger("pinaivu.database")
 _BUSY_SECONDS = 15.0
 _MAX_WRITES_PER_COMMIT = 256
 _SLOW_SECONDS = 5.0  # of a statement that waits for the lock of another program, or for the disk
+_LOOKS, _LOOK_SECONDS = 5, 0.01
 _PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
 _MAX_REWRITTEN_BYTES = 250_000_000  # writers wait meanwhile
@@ -187,9 +188,9 @@ class Database:
         If nothing was written in the last `within` seconds, a write is made to find out, at most
         one a second.  It does not wait longer than a slow disk may take.
         """
+        if await self._stays_slow():
+            return f"a write has been waiting for {self._waited():.0f} s"
         now = time.monotonic()
-        if self._waiting_since is not None and now - self._waiting_since > _SLOW_SECONDS:
-            return f"a write has been waiting for {now - self._waiting_since:.0f} s"
         if self._failure is None and now - self._succeeded_at < within:
             return None
         if self._failure is not None and now - self._failed_at < _PROBE_SECONDS:
@@ -197,9 +198,23 @@ class Database:
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._probe())
         await asyncio.wait({self._probing}, timeout=_SLOW_SECONDS)
+        await asyncio.wait({self._probing}, timeout=_LOOKS * _LOOK_SECONDS)  # as in `_stays_slow`
         if not self._probing.done():
             return f"a write has been waiting for {_SLOW_SECONDS:.0f} s"
         return self._failure
+
+    async def _stays_slow(self) -> bool:
+        """Whether the statement that runs takes too long.  It may be done, and only this loop have
+        been busy until now: so look again."""
+        for _ in range(_LOOKS):
+            if self._waited() <= _SLOW_SECONDS:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        return self._waited() > _SLOW_SECONDS
+
+    def _waited(self) -> float:
+        """For how many seconds the statement that runs has been waiting; 0 if none runs."""
+        return 0.0 if self._waiting_since is None else time.monotonic() - self._waiting_since
 
     async def _probe(self) -> None:
         with contextlib.suppress(sqlite3.Error):
