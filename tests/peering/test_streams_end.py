@@ -152,7 +152,7 @@ async def test_about_logs(boxes: TwoBoxes) -> None:
         async def open(self, peer: str, purpose: str, timeout: float = 0.0) -> Stream:
             return await boxes.open(purpose)
 
-    questions = Questions(Network())
+    questions = Questions(cast(Any, Network()))
 
     async def ask() -> None:  # some are answered, and the rest told that they are too many
         await questions.ask(B.node_id, log_wire.AskKnown(A.node_id), log_wire.Known)
