@@ -77,6 +77,26 @@ async def test_only_the_leg_that_lies_differs(fake: EngineProcess) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("counted", "told"),
+    [
+        ({"prompt_tokens": 1000}, "it counts 1000 prompt tokens, and commits to 10"),
+        ({"completion_tokens": 31}, "it counts 31 completion tokens, and commits to 30"),
+        ({"completion_tokens": 29}, "it counts 29 completion tokens, and commits to 30"),
+    ],
+)
+async def test_other_numbers_of_tokens_than_are_committed_to_differ(
+    fake: EngineProcess, counted: dict[str, int], told: str
+) -> None:
+    """What is counted is paid."""
+    kept = transcript(said())
+    (right,) = await audit_legs(fake, kept, [leg_of(kept)])
+    (wrong,) = await audit_legs(fake, kept, [leg_of(kept, **counted)])
+    assert (right.verdict, wrong.verdict) == ("agrees", "differs")
+    assert told in wrong.meaning
+
+
+@pytest.mark.anyio
 async def test_tokens_that_the_model_does_not_have_differ(fake: EngineProcess) -> None:
     """Else a node that cheats names one in each answer, and is never audited."""
     tokens = said()
