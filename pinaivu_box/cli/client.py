@@ -36,13 +36,13 @@ class Running(msgspec.Struct, frozen=True):
     token: str
 
 
-class _Said(dict[str, Any]):
+class _AnswerObject(dict[str, Any]):
     """An object in an answer of the server, which may be one of an earlier version: until it is
-    restarted after an update.  Raises CliError for what it does not say."""
+    restarted after an update.  Raises CliError for what it does not have."""
 
     def __missing__(self, name: str) -> Any:
         raise CliError(
-            f"The box that is running says no '{name}': it is of another version than this "
+            f"The answer of the running box has no '{name}': it is of another version than this "
             "command.  Restart it, and try again."
         )
 
@@ -210,4 +210,4 @@ def _content(answer: httpx.Response) -> Any:
 
 
 def _decoded(text: str | bytes) -> Any:
-    return json.loads(text, object_hook=_Said)
+    return json.loads(text, object_hook=_AnswerObject)

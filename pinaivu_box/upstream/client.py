@@ -114,7 +114,7 @@ class UpstreamClient:
             response = await self._http.send(request, stream=True)
             try:
                 if not response.is_success:
-                    raise self._failure(response, await _said(response))
+                    raise self._failure(response, await _read_error(response))
                 self._told = 0
                 yield response
             finally:
@@ -152,7 +152,7 @@ class UpstreamClient:
         """The error for what it has done wrong, the end of a sentence."""
         return kind(f"The upstream {self.name} {what}: try again later.", retry_after=2)
 
-    def _failure(self, response: httpx.Response, said: _Said) -> ApiError:
+    def _failure(self, response: httpx.Response, answer: _ErrorAnswer) -> ApiError:
         status = response.status_code
         if status in (401, 403):
             self._tell(status, "it refuses its key: check key_env or key_file")
@@ -171,12 +171,12 @@ class UpstreamClient:
             return self.lost(
                 f"answered {status}", UpstreamFailed if status == 500 else UpstreamLost
             )
-        message = self._without_key(said.message) or f"it answered {status}"
-        if said.is_overflow:
+        message = self._without_key(answer.message) or f"it answered {status}"
+        if answer.is_overflow:
             return ContextOverflow(message)
         return BadRequest(
             f"The upstream {self.name} does not take this request: {message}",
-            param=self._without_key(said.param) if said.param else None,
+            param=self._without_key(answer.param) if answer.param else None,
         )
 
     def _tell(self, status: int, what: str) -> None:
@@ -192,7 +192,7 @@ class UpstreamClient:
         return quoted(text, 1000)
 
 
-class _Said(msgspec.Struct):
+class _ErrorAnswer(msgspec.Struct):
     """What an answer says about its failure: vLLM's older form has the fields of `error` beside
     it."""
 
@@ -206,21 +206,23 @@ class _Said(msgspec.Struct):
         return self.kind in _OVERFLOW_TYPES or any(part in words for part in _OVERFLOW_WORDS)
 
 
-async def _said(response: httpx.Response) -> _Said:
+async def _read_error(response: httpx.Response) -> _ErrorAnswer:
     try:
         async with asyncio.timeout(_WRITE_SECONDS):
             body: Any = msgspec.json.decode(await _whole(response, _MAX_ERROR_BYTES))
     except (TimeoutError, ValueError, RecursionError, ApiError, httpx.HTTPError):
-        return _Said()
+        return _ErrorAnswer()
     error = body.get("error", body) if isinstance(body, dict) else None
     if isinstance(error, str):
-        return _Said(error)
+        return _ErrorAnswer(error)
     if not isinstance(error, dict):
-        return _Said()
+        return _ErrorAnswer()
     codes = [error.get("code"), error.get("type")]
     kind = next((code for code in codes if code in _OVERFLOW_TYPES), "")
     param = error.get("param")
-    return _Said(str(error.get("message") or ""), kind, param if isinstance(param, str) else None)
+    return _ErrorAnswer(
+        str(error.get("message") or ""), kind, param if isinstance(param, str) else None
+    )
 
 
 def _data(line: bytes) -> bytes:
@@ -253,7 +255,7 @@ def _reason(error: Exception) -> str:
 
 
 def _retry_after(text: str) -> int:
-    """Seconds, which may be said as a date; 1 if nothing is."""
+    """Seconds, which may be given as a date; 1 if nothing is."""
     seconds: float | None = number(text.strip())
     if seconds is None:
         try:
