@@ -356,6 +356,9 @@ class Breaking:
     def abandon(self) -> None:
         self._stream.abandon()
 
+    def leave(self) -> None:
+        self._stream.leave()
+
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("again", [A, B], ids=["the same asks again", "the other asks"])
