@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from pinaivu_box import __version__, box_metrics, settings
+from pinaivu_box import __version__, box_metrics, heap, settings
 from pinaivu_box.audits.local_replay import LocalReplay
 from pinaivu_box.audits.service import AuditService
 from pinaivu_box.box import Box
@@ -78,6 +78,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
             background.spawn(box.watch_models())
             background.spawn(box.session_keys.drop_ended_hourly(database))
             background.spawn(box.watch_certificate())
+            background.spawn(heap.trim_each_minute())
             await box.incidents.open()
             box.placement.start()
             try:

@@ -23,6 +23,7 @@ ROOMS = (
     "tasks",
     "idle_time",
     "startup",
+    "heap",
     "appended",
     "text",
     "value_count",
